@@ -1,0 +1,1 @@
+"""Variable-length attention kernels for NVIDIA GPUs, written in CuTe DSL."""
