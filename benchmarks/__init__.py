@@ -1,0 +1,1 @@
+"""Benchmarks: the workloads, the clock, the peers, and the sweeps that put them together."""

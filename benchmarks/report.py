@@ -1,0 +1,158 @@
+"""How results are shown: one table value, printed with rich where installed, else as text, or written as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.targets import Row, Target
+
+
+@dataclass(frozen=True)
+class Table:
+    """Strings in rows and columns; the first column is text, the others are figures."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def print(self) -> None:
+        try:
+            from rich.console import Console
+            from rich.table import Table as RichTable
+        except ImportError:
+            print(self.as_text(), flush=True)
+            return
+        # Fold rather than crop: on a narrow terminal a cropped table would lose its figures.
+        rendered = RichTable(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            rendered.add_column(column, justify="right" if index else "left", overflow="fold")
+        for row in self.rows:
+            rendered.add_row(*row)
+        # Piped output has no width of its own.
+        Console(width=None if sys.stdout.isatty() else 240).print(rendered)
+
+    def as_text(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+
+        def line(cells: list[str]) -> str:
+            padded = [cells[0].ljust(widths[0])] + [
+                cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True)
+            ]
+            return "  ".join(padded).rstrip()
+
+        return "\n".join([self.title, line(self.columns), "  ".join("-" * w for w in widths), *map(line, self.rows)])
+
+    def as_markdown(self) -> str:
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join([f"**{self.title}**", "", *("| " + " | ".join(cells) + " |" for cells in lines)])
+
+
+def figure(value: float | None, pattern: str = "{:.2f}") -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def row_table(rows: list[Row], peers: list[str]) -> Table:
+    """A line a workload: our time, rates and distance to the floor; then the time of each peer over ours."""
+    columns = ["workload", "us", "TFLOP/s", "TB/s", "x floor", "bound", *(f"{peer} / ours" for peer in peers)]
+    lines = []
+    for row in rows:
+        ours = row["results"].get("ours", {})
+        line = [
+            row["name"],
+            figure(ours.get("microseconds"), "{:.1f}"),
+            figure(ours.get("tflops"), "{:.0f}"),
+            figure(ours.get("terabytes_per_s")),
+            figure(ours.get("floor_ratio")),
+            row["bound"],
+        ]
+        for peer in peers:
+            result = row["results"].get(peer, {})
+            mark = "" if result.get("correct", True) else " (wrong)"
+            line.append(figure(result.get("over_ours")) + mark)
+        lines.append(line)
+    return Table("Forward: ours, and the time of each peer over ours (above 1: ours is faster)", columns, lines)
+
+
+def rate_table(rows: list[Row], candidates: list[str]) -> Table:
+    """TFLOP/s of everyone, from the same rounds."""
+    lines = [
+        [row["name"], *(figure(row["results"].get(name, {}).get("tflops"), "{:.0f}") for name in candidates)]
+        for row in rows
+    ]
+    return Table("TFLOP/s", ["workload", *candidates], lines)
+
+
+def summary_table(summary: list[dict[str, Any]]) -> Table:
+    lines = [
+        [entry["group"], entry["peer"], str(entry["rows"]), figure(entry["geomean"], "{:.3f}")] for entry in summary
+    ]
+    return Table("Geometric mean of peer time over ours", ["group", "peer", "rows", "geomean"], lines)
+
+
+def target_table(targets: list[Target]) -> Table:
+    lines = [[t.what, f"{figure(t.figure, '{:.3f}')} {t.unit}", t.goal, t.verdict] for t in targets]
+    return Table("Must show", ["what", "figure", "goal", "verdict"], lines)
+
+
+def host_table(host_microseconds: dict[str, float]) -> Table:
+    lines = [[name, figure(value, "{:.1f}")] for name, value in host_microseconds.items()]
+    return Table("Host time of an eager call, microseconds", ["candidate", "us"], lines)
+
+
+def problems(rows: list[Row]) -> list[str]:
+    """Every candidate that failed or computed something else, one line each."""
+    found = []
+    for row in rows:
+        for name, result in row["results"].items():
+            if "error" in result:
+                found.append(f"{row['name']}: {name}: {result['error']}")
+            elif not result.get("correct", True):
+                found.append(f"{row['name']}: {name}: off by {result['max_error']:.3g}, its time does not count")
+    return found
+
+
+def header_lines(report: dict[str, Any]) -> list[str]:
+    ceilings = report["ceilings"]
+    lines = [f"{name}: {value}" for name, value in report["provenance"].items()]
+    lines += [f"{name}: {value}" for name, value in report["peers"].items()]
+    lines.append(
+        f"ceilings: bf16 matmul {ceilings['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s, "
+        f"read {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s ({ceilings['read_method']})"
+    )
+    return lines
+
+
+def write_markdown(path: Path, report: dict[str, Any], tables: list[Table]) -> None:
+    parts = ["# Forward benchmark", "\n".join(f"- {line}" for line in header_lines(report))]
+    parts += [table.as_markdown() for table in tables]
+    failed = problems(report["rows"])
+    if failed:
+        parts.append("\n".join(["Not counted:", "", *(f"- {line}" for line in failed)]))
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def write_plot(path: Path, report: dict[str, Any], candidates: list[str]) -> None:
+    """Grouped bars of TFLOP/s, a group a workload. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = report["rows"]
+    figure_, axes = plt.subplots(figsize=(max(8, 1.1 * len(rows)), 5.5))
+    width = 0.8 / max(1, len(candidates))
+    for index, name in enumerate(candidates):
+        heights = [row["results"].get(name, {}).get("tflops") or 0.0 for row in rows]
+        axes.bar([place + index * width for place in range(len(rows))], heights, width, label=name)
+    axes.axhline(report["ceilings"]["matmul_flops_per_s"] / 1e12, color="gray", linestyle="--", label="matmul ceiling")
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(rows))])
+    axes.set_xticklabels([row["name"] for row in rows], rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{report['provenance']['gpu']}, {report['provenance']['date']}", fontsize=10)
+    axes.legend(fontsize=8)
+    figure_.tight_layout()
+    figure_.savefig(path, dpi=150)
+    plt.close(figure_)
