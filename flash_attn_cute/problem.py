@@ -123,10 +123,10 @@ class Problem:
         _check_inputs(q, k, v, dtype, device, on_cpu)
 
         q_packed, k_packed = cu_seqlens_q is not None, cu_seqlens_k is not None
-        q_shape, k_shape = q.shape, k.shape
-        _check_ranks(q_shape, k_shape, v.dim(), q_packed, k_packed, page_table)
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+        _check_ranks(q_shape, k_shape, v_shape, q_packed, k_packed, page_table)
         num_heads, head_dim = q_shape[-2], q_shape[-1]
-        num_heads_kv, head_dim_v = _check_heads(num_heads, head_dim, k_shape, v.shape)
+        num_heads_kv, head_dim_v = _check_heads(num_heads, head_dim, k_shape, v_shape)
 
         batch_size, total_q, seqlen_q = _query_extent(q_shape, cu_seqlens_q, seqused_q, device)
         total_k, seqlen_k, page_size, max_pages = _key_extent(
@@ -326,7 +326,12 @@ def _fail_device(name: str, tensor: Tensor, device: torch.device) -> NoReturn:
 
 
 def _check_ranks(
-    q_shape: torch.Size, k_shape: torch.Size, v_rank: int, q_packed: bool, k_packed: bool, page_table: Tensor | None
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    q_packed: bool,
+    k_packed: bool,
+    page_table: Tensor | None,
 ) -> None:
     if len(q_shape) != (3 if q_packed else 4):
         takes = "(total_q, H, D) with cu_seqlens_q" if q_packed else "(B, Sq, H, D) without cu_seqlens_q"
@@ -336,7 +341,7 @@ def _check_ranks(
             "page_table", "a tensor together with cu_seqlens_k", "no cu_seqlens_k: lengths of paged keys are seqused_k"
         )
     rank = 3 if k_packed else 4
-    if len(k_shape) != rank or v_rank != rank:
+    if len(k_shape) != rank or len(v_shape) != rank:
         if k_packed:
             takes = "(total_k, Hk, {}) with cu_seqlens_k"
         elif page_table is not None:
@@ -345,7 +350,7 @@ def _check_ranks(
             takes = "(B, Sk, Hk, {}) without cu_seqlens_k and page_table"
         if len(k_shape) != rank:
             _fail("k", f"shape {tuple(k_shape)}", takes.format("D"))
-        _fail("v", f"{v_rank} dimensions", takes.format("Dv"))
+        _fail("v", f"shape {tuple(v_shape)}", takes.format("Dv"))
 
 
 def _check_heads(num_heads: int, head_dim: int, k_shape: torch.Size, v_shape: torch.Size) -> tuple[int, int]:
