@@ -224,7 +224,7 @@ def _check_key(key: Key) -> None:
 
 
 def _check_primitive(item: Any) -> None:
-    if type(item) is tuple:
+    if isinstance(item, tuple):  # a named one as well: its repr is as stable, and says more in the log
         for part in item:
             _check_primitive(part)
     elif type(item) not in (str, int, float, bool, type(None)):

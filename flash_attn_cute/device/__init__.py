@@ -1,0 +1,1 @@
+"""Pieces used inside kernels, one subject a file; nothing here launches anything."""

@@ -1,0 +1,51 @@
+"""Which KV tiles a query tile visits, and which of them need masking.
+
+Tiles are numbered from absolute key 0 of the sequence, whatever is visible, so the keys that a row meets together never
+depend on the rest of the batch (batch invariance).
+"""
+
+from typing import NamedTuple, Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+
+from flash_attn_cute.device.seqlens import Seqlens
+
+
+class Window(NamedTuple):
+    """How far row i of a sequence sees around key i + len_k - len_q; None is unbounded on that side."""
+
+    left: Optional[Int32]
+    right: Optional[Int32]
+
+
+class KvRange(NamedTuple):
+    """Tiles [first, end) are visited, from the last to the first; [full_first, full_end) of them need no mask."""
+
+    first: Int32
+    end: Int32
+    full_first: Int32
+    full_end: Int32
+
+    @staticmethod
+    @cute.jit
+    def of_query_tile(seqlens: Seqlens, window: Window, first_token: Int32, num_tokens: int, tile_n: int):
+        """The range for queries [first_token, first_token + num_tokens) of the sequence; empty past its last query."""
+        last_token = cutlass.min(first_token + num_tokens, seqlens.len_q) - 1
+        diagonal = seqlens.len_k - seqlens.len_q
+        visible_end, masked_from = seqlens.len_k, seqlens.len_k
+        if const_expr(window.right is not None):
+            visible_end = cutlass.min(visible_end, last_token + diagonal + window.right + 1)
+            masked_from = cutlass.min(masked_from, first_token + diagonal + window.right + 1)
+        end = (cutlass.max(visible_end, 0) + tile_n - 1) // tile_n
+        full_end = cutlass.max(masked_from, 0) // tile_n
+        first, full_first = Int32(0), Int32(0)
+        if const_expr(window.left is not None):
+            first = cutlass.max(first_token + diagonal - window.left, 0) // tile_n
+            full_first = (cutlass.max(last_token + diagonal - window.left, 0) + tile_n - 1) // tile_n
+        end = end if first_token < seqlens.len_q else Int32(0)
+        return KvRange(first, end, full_first, full_end)
+
+    def num_tiles(self):
+        return cutlass.max(self.end - self.first, 0)

@@ -1,0 +1,125 @@
+"""Writing a query tile's output from WGMMA accumulator registers, row by row.
+
+Each row is addressed on its own and written only where it belongs to the sequence, so any strides, packed query heads and
+sequences at any offset are one path, and nothing outside a sequence can be touched. A quad of threads holds a row; an
+exchange within the quad turns its 4-byte pieces into 16-byte ones, so a warp's store fills whole 32-byte sectors.
+"""
+
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from flash_attn_cute.device.seqlens import Seqlens
+from flash_attn_cute.device.softmax import OnlineSoftmax
+
+QUAD = 4
+ROW_STEP = 8  # the two rows of a thread in an m64 accumulator are 8 apart
+
+
+@dataclass(frozen=True)
+class OutputRows:
+    """The two rows of a query tile that a thread holds."""
+
+    first_row: Int32  # counted over the sequence, in rows (tokens times rows_per_token)
+    head: Int32  # work.head
+    batch: Int32
+    rows_per_token: int
+    qheads_per_kvhead: int
+
+    @staticmethod
+    def of_thread(spec, work, warpgroup: Int32, thread: Int32):
+        row = work.m_block * spec.tile.tile_m + warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD
+        return OutputRows(row, work.head, work.batch, spec.rows_per_token, spec.qheads_per_kvhead)
+
+    def token(self, r: int) -> Int32:
+        return (self.first_row + ROW_STEP * r) // self.rows_per_token
+
+    def _query_head(self, r: int):
+        """(query head, whether the row stands for one: packed tokens may take more rows than they have heads)."""
+        if const_expr(self.rows_per_token == 1):
+            return self.head, True
+        in_group = (self.first_row + ROW_STEP * r) % self.rows_per_token
+        return self.head * self.qheads_per_kvhead + in_group, in_group < self.qheads_per_kvhead
+
+    @cute.jit
+    def write(self, o: cute.Tensor, softmax: OnlineSoftmax, seqlens: Seqlens, tensors):
+        """Normalises and writes out (and lse) for both rows. Rows past len_q get 0 (and -inf)."""
+        lane = cute.arch.lane_idx() % QUAD
+        for r in cutlass.range_constexpr(2):
+            token = self.token(r)
+            head, is_head = self._query_head(r)
+            is_row = token < seqlens.rows_q
+            if const_expr(self.rows_per_token != self.qheads_per_kvhead and self.rows_per_token != 1):
+                is_row = is_row and is_head
+            is_query = token < seqlens.len_q
+            sink = None
+            if const_expr(tensors.sink is not None):
+                sink = Float32(0.0)
+                if is_row:
+                    sink = tensors.sink[head].to(Float32)
+            factor, lse = softmax.finish(r, sink)
+            chunks = self._chunks(o, r, factor if is_query else Float32(0.0), tensors.out.element_type, lane)
+            if is_row:
+                out_row = self._row(tensors.out, token, head, seqlens)
+                dim_v = cute.size(out_row)
+                out_chunks = cute.logical_divide(out_row, cute.make_layout(8))
+                for i in cutlass.range_constexpr(len(chunks)):
+                    column = QUAD * i + lane
+                    if const_expr(8 * QUAD * (i + 1) <= dim_v):
+                        cute.autovec_copy(chunks[i], out_chunks[None, column])
+                    elif const_expr(8 * QUAD * i < dim_v):
+                        if column < dim_v // 8:
+                            cute.autovec_copy(chunks[i], out_chunks[None, column])
+                if const_expr(tensors.lse is not None):
+                    if lane == 0:
+                        value = lse if is_query else -Float32.inf
+                        if const_expr(cute.rank(tensors.lse) == 2):
+                            tensors.lse[head, seqlens.offset_q + token] = value
+                        else:
+                            tensors.lse[self.batch, head, token] = value
+
+    def _row(self, out: cute.Tensor, token: Int32, head: Int32, seqlens: Seqlens) -> cute.Tensor:
+        if const_expr(cute.rank(out) == 3):
+            return out[seqlens.offset_q + token, head, None]
+        return out[self.batch, token, head, None]
+
+    @staticmethod
+    def _chunks(o: cute.Tensor, r: int, factor: Float32, dtype, lane: Int32):
+        """Row r in the output type: chunk i holds columns 8 * (4i + lane) .. + 8 after the exchange within the quad."""
+        column_blocks = cute.size(o) // 4
+        row = cute.make_rmem_tensor(2 * column_blocks, Float32)
+        for j in range(column_blocks):
+            for c in range(2):
+                row[2 * j + c] = o[4 * j + 2 * r + c] * factor
+        rounded = cute.make_rmem_tensor(2 * column_blocks, dtype)
+        rounded.store(row.load().to(dtype))
+        words = cute.recast_tensor(rounded, Int32)
+        chunks = []
+        for i in range(column_blocks // QUAD):
+            chunk = cute.make_rmem_tensor(QUAD, Int32)
+            transposed = _transpose_in_quad([words[QUAD * i + j] for j in range(QUAD)], lane)
+            for j in range(QUAD):
+                chunk[j] = transposed[j]
+            chunks.append(cute.recast_tensor(chunk, dtype))
+        return chunks
+
+
+def _transpose_in_quad(words: list, lane: Int32) -> list:
+    """Word i of the result, in lane l of the quad, is word l of lane i: two rounds of pairwise exchange."""
+
+    def exchange(a, b, low, offset):
+        """Of two lanes `offset` apart, the low one ends with both a's, the other with both b's, in lane order."""
+        received = cute.arch.shuffle_sync_bfly(_select(low, b, a), offset=offset)
+        return _select(low, a, received), _select(low, received, b)
+
+    even, front = lane % 2 == 0, lane < 2
+    a0, a1 = exchange(words[0], words[1], even, 1)
+    b0, b1 = exchange(words[2], words[3], even, 1)
+    (first, third), (second, fourth) = exchange(a0, b0, front, 2), exchange(a1, b1, front, 2)
+    return [first, second, third, fourth]
+
+
+def _select(condition, a, b):
+    return cutlass.select_(condition, a, b)

@@ -1,0 +1,80 @@
+"""TMA views of q, k and v that stop at a sequence's own end.
+
+A tensor map knows the bounds of the whole tensor, not of one packed sequence. The ragged view gives it those as well: the
+base moves back by the whole extent R of the rows, and an extra mode with the stride of a row moves it forward again. Row i
+of a sequence of length n that starts at s has the coordinates (R - n + i, s + n): the same address, while rows at or past n
+are out of bounds of the first mode, so the copy engine fills zeros and fetches nothing. (The trick is Triton's "ragged TMA";
+quack uses it for stores.) No neighbour's rows, NaN among them, ever arrive, and short sequences move only their own bytes.
+"""
+
+import cutlass.cute as cute
+from cutlass import Int32, const_expr
+from cutlass.cute.nvgpu import cpasync
+
+from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.seqlens import Seqlens
+
+
+def query_view(q: cute.Tensor, ragged: bool) -> cute.Tensor:
+    """((H, T), D, T + 1) of a packed (T, H, D) q; ((H, S), D, B) of a batched (B, S, H, D) one.
+
+    Heads and tokens are one mode: a tile of packed query heads is a box of a few heads by a few tokens.
+    """
+    if const_expr(ragged):
+        tokens, heads, dim = q.shape
+        token_stride, head_stride, dim_stride = q.stride
+        start = cute.domain_offset((-tokens, 0, 0), q).iterator
+        return cute.make_tensor(
+            start,
+            cute.make_layout(
+                ((heads, tokens), dim, tokens + 1), stride=((head_stride, token_stride), dim_stride, token_stride)
+            ),
+        )
+    return cute.group_modes(cute.make_tensor(q.iterator, cute.select(q.layout, mode=[2, 1, 3, 0])), 0, 2)
+
+
+def key_view(x: cute.Tensor, packed: bool, ragged: bool) -> cute.Tensor:
+    """(T, D, Hk) of a packed (T, Hk, D) k or v, (S, D, Hk, B) of a batched one; ragged: with the extra mode last."""
+    order = [0, 2, 1] if const_expr(packed) else [1, 3, 2, 0]
+    view = cute.make_tensor(x.iterator, cute.select(x.layout, mode=order))
+    if const_expr(not ragged):
+        return view
+    rows = view.shape[0]
+    start = cute.domain_offset((-rows, *([0] * (len(order) - 1))), view).iterator
+    return cute.make_tensor(
+        start, cute.make_layout((*view.shape, rows + 1), stride=(*view.stride, view.stride[0]))
+    )
+
+
+def query_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, first_token: Int32, ragged: bool):
+    """Coordinates of a view made by `query_view`, from `head` and query `first_token` of the sequence on."""
+    if const_expr(ragged):
+        rows = source[None, None, seqlens.offset_q + seqlens.len_q]
+        first_token = source.shape[0][1] - seqlens.len_q + first_token
+    else:
+        rows = source[None, None, batch]
+    return cute.domain_offset(((head, first_token), 0), rows)
+
+
+def key_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, packed: bool, ragged: bool):
+    """Coordinates of a view made by `key_view`, from key 0 of the sequence on."""
+    if const_expr(not ragged):
+        return source[None, None, head, batch]
+    end = seqlens.offset_k + seqlens.len_k
+    rows = source[None, None, head, end] if const_expr(packed) else source[None, None, head, batch, end]
+    return cute.domain_offset((source.shape[0] - seqlens.len_k, 0), rows)
+
+
+def tile_loader(atom: cute.CopyAtom, rows: cute.Tensor, box, smem: cute.Tensor, ring: MbarrierRing):
+    """A function (ring position, tile number) that acquires the stage and starts the copy. Whole warps call it."""
+    tiles = cute.local_tile(rows, box, (None, 0))
+    to, source = cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(tiles, 0, 2)
+    )
+    num_bytes = cute.size_in_bytes(smem.element_type, cute.select(smem.layout, mode=[0, 1]))
+
+    def load(position: RingPosition, tile: Int32):
+        ring.acquire_for_bytes(position, num_bytes)
+        cute.copy(atom, source[None, tile], to[None, ring.stage(position)], tma_bar_ptr=ring.full_barrier(position))
+
+    return load

@@ -1,0 +1,469 @@
+"""Attention forward on Hopper (SM90).
+
+One persistent CTA a SM: a producer warpgroup (one warp loads with TMA, one decides what is next) and two or three consumer
+warpgroups that hold 64 query rows each. A consumer issues the scores of one KV tile before the output product of the tile
+before it, so that softmax runs while the tensor cores work, and the consumers take turns issuing, so that one's softmax
+falls into another's products (the ping-pong of FlashAttention-3, Shah et al., 2024).
+See csrc_notes/forward_sm90.md for the pipeline, the barriers and what was measured.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.utils import LayoutEnum
+
+from flash_attn_cute.device import ragged_tma, wgmma
+from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.masking import RowLimits, mask_scores
+from flash_attn_cute.device.output_rows import OutputRows
+from flash_attn_cute.device.pipelines import MbarrierRing
+from flash_attn_cute.device.seqlens import SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.softmax import LOG2_E, OnlineSoftmax, tanh
+from flash_attn_cute.tile_scheduler import (
+    MAILBOX_STAGES,
+    MAILBOX_WORDS,
+    TileMailbox,
+    TileOrder,
+    TileScheduler,
+    schedule,
+)
+from flash_attn_cute.tuning import Sm90Tile
+
+WARP = 32
+WARPGROUP = 128
+LOAD_WARP, SCHEDULE_WARP = 0, 1
+# Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
+FIRST_TURN = 1
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """What is fixed when a kernel is compiled."""
+
+    dtype: type  # cutlass.BFloat16 or cutlass.Float16
+    tile: Sm90Tile
+    qheads_per_kvhead: int
+    rows_per_token: int  # rows a token takes in a query tile: 1, or at least qheads_per_kvhead where heads are packed
+    causal: bool
+    window_left: bool
+    window_right: bool  # causal excludes it
+    softcap: bool
+
+    @property
+    def packed(self) -> bool:
+        return self.rows_per_token > 1
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tile.tile_m // self.rows_per_token
+
+
+class ForwardTensors(NamedTuple):
+    """Tensors of a call. q, out: (total_q, H, D) or (B, Sq, H, D); lse: (H, total_q) or (B, H, Sq); k, v likewise."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+    lse: Optional[cute.Tensor]
+    cu_seqlens_q: Optional[cute.Tensor]
+    cu_seqlens_k: Optional[cute.Tensor]
+    seqused_q: Optional[cute.Tensor]
+    seqused_k: Optional[cute.Tensor]
+    sink: Optional[cute.Tensor]
+    semaphore: Optional[cute.Tensor]
+
+
+class ForwardScalars(NamedTuple):
+    """Numbers of a call, none of which is compiled in."""
+
+    softmax_scale: Float32
+    softcap: Float32  # read where the kernel was compiled with one
+    window_left: Int32
+    window_right: Int32
+    num_tiles: Int32
+    grid: Int32
+    l2_keys: Int32
+
+
+class Operand(NamedTuple):
+    """One TMA-loaded operand: the copy, its coordinate tensor, and where it lands."""
+
+    atom: cute.CopyAtom
+    source: cute.Tensor
+    smem_layout: cute.ComposedLayout
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """What one thread of a consumer warpgroup holds for a whole launch."""
+
+    warpgroup: Int32
+    thread: Int32  # within the warpgroup
+    s_mma: cute.TiledMma
+    o_mma: cute.TiledMma
+    q: cute.Tensor  # fragments (descriptors) over all stages
+    k: cute.Tensor
+    v: cute.Tensor
+    p: cute.Tensor  # registers
+    o: cute.Tensor  # registers
+    softmax: OnlineSoftmax
+
+
+@dataclass(frozen=True)
+class Rings:
+    """What warps meet on: stages of Q, K and V, and the tiles to work on."""
+
+    q: MbarrierRing
+    k: MbarrierRing
+    v: MbarrierRing
+    tiles: TileMailbox
+
+
+class ForwardSm90:
+    """Compile with `cute.compile(ForwardSm90(spec), ForwardTensors, ForwardScalars, stream)`."""
+
+    def __init__(self, spec: ForwardSpec):
+        self.spec = spec
+        tile = spec.tile
+        self.threads = WARPGROUP * (tile.consumers + 1)
+        self.consumer_warps = 4 * tile.consumers
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Host side: descriptors, layouts, launch
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def __call__(self, tensors: ForwardTensors, scalars: ForwardScalars, stream: cuda.CUstream):
+        spec, tile = self.spec, self.spec.tile
+        packed_q = const_expr(tensors.cu_seqlens_q is not None)
+        s_mma, o_mma = self._tiled_mmas()
+        q_layout = self._smem_layout(tile.tile_m, tile.head_dim, tile.q_stages)
+        k_layout = self._smem_layout(tile.tile_n, tile.head_dim, tile.kv_stages)
+        v_layout = self._smem_layout(tile.tile_n, tile.head_dim_v, tile.kv_stages)
+        q_view = ragged_tma.query_view(tensors.q, ragged=packed_q)
+        # Loads stop at the last used key: rows behind it arrive as zeros, so that nothing there can reach a product.
+        ragged_k = const_expr(tensors.cu_seqlens_k is not None or tensors.seqused_k is not None)
+        k_view = ragged_tma.key_view(tensors.k, packed=const_expr(tensors.cu_seqlens_k is not None), ragged=ragged_k)
+        v_view = ragged_tma.key_view(tensors.v, packed=const_expr(tensors.cu_seqlens_k is not None), ragged=ragged_k)
+        q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
+        q = Operand(*self._tma(q_view, q_layout, q_box), q_layout)
+        k = Operand(*self._tma(k_view, k_layout, (tile.tile_n, tile.head_dim)), k_layout)
+        v = Operand(*self._tma(v_view, v_layout, (tile.tile_n, tile.head_dim_v)), v_layout)
+        source = SeqlenSource(
+            SeqlenTensors(tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k),
+            cute.size(tensors.cu_seqlens_q) - 1 if packed_q else cute.size(tensors.q, mode=[0]),
+            cute.size(tensors.q, mode=[0 if packed_q else 1]),
+            cute.size(tensors.k, mode=[0 if const_expr(tensors.cu_seqlens_k is not None) else 1]),
+        )
+        self.kernel(q, k, v, tensors, scalars, source, s_mma, o_mma).launch(
+            grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+        )
+
+    def _tiled_mmas(self):
+        """S = Q K^T from shared memory; O = P V with P in registers. Each warpgroup has 64 rows of both."""
+        dtype, tile = self.spec.dtype, self.spec.tile
+        rows = (tile.consumers, 1, 1)
+        s_mma = hopper.make_trivial_tiled_mma(
+            dtype, dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, rows, (64, tile.tile_n)
+        )
+        o_mma = hopper.make_trivial_tiled_mma(
+            dtype,
+            dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.MN,
+            Float32,
+            rows,
+            (64, tile.head_dim_v),
+            warpgroup.OperandSource.RMEM,
+        )
+        return s_mma, o_mma
+
+    def _smem_layout(self, rows: int, columns: int, stages: int) -> cute.ComposedLayout:
+        kind = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.spec.dtype, columns)
+        atom = warpgroup.make_smem_layout_atom(kind, self.spec.dtype)
+        return cute.tile_to_shape(atom, (rows, columns, stages), order=(0, 1, 2))
+
+    @staticmethod
+    def _tma(view: cute.Tensor, smem_layout: cute.ComposedLayout, box):
+        stage = cute.select(smem_layout, mode=[0, 1])
+        return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, stage, box)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Device side
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        source: SeqlenSource,
+        s_mma: cute.TiledMma,
+        o_mma: cute.TiledMma,
+    ):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == LOAD_WARP:
+            for operand in (q, k, v):
+                cpasync.prefetch_descriptor(operand.atom)
+        smem = cutlass.utils.SmemAllocator()
+        sq, sk, sv = [self._allocate(smem, operand) for operand in (q, k, v)]
+        rings = self._rings(smem)
+        if warp == LOAD_WARP:
+            with cute.arch.elect_one():
+                rings.q.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
+                rings.k.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
+                rings.v.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
+                rings.tiles.init()
+                cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        window = Window(
+            scalars.window_left if const_expr(self.spec.window_left) else None,
+            Int32(0)
+            if const_expr(self.spec.causal)
+            else (scalars.window_right if const_expr(self.spec.window_right) else None),
+        )
+        producer_registers, consumer_registers = self.spec.tile.registers
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(producer_registers)
+            if warp == LOAD_WARP:
+                self.load(q, k, v, sq, sk, sv, rings, window, tensors)
+            if warp == SCHEDULE_WARP:
+                schedule(self._order(tensors, scalars, source), TileScheduler(tensors.semaphore), rings.tiles)
+        else:
+            cute.arch.setmaxregister_increase(consumer_registers)
+            consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)
+            self.compute(consumer, rings, window, tensors, scalars)
+
+    def _order(self, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource) -> TileOrder:
+        spec = self.spec
+        heads = cute.size(tensors.q, mode=[cute.rank(tensors.q) - 2])
+        return TileOrder(
+            source,
+            heads // spec.qheads_per_kvhead if spec.packed else heads,
+            scalars.num_tiles,
+            scalars.l2_keys,
+            spec.tile.tile_m,
+            spec.rows_per_token,
+            longest_first=spec.causal or spec.window_right,
+        )
+
+    def _allocate(self, smem: cutlass.utils.SmemAllocator, operand: Operand) -> cute.Tensor:
+        layout = operand.smem_layout
+        # 1024 bytes: the period of the 128-byte swizzle, which works on absolute addresses.
+        return smem.allocate_tensor(self.spec.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+
+    def _rings(self, smem: cutlass.utils.SmemAllocator) -> Rings:
+        tile = self.spec.tile
+
+        def barriers(stages):
+            return smem.allocate_array(cutlass.Int64, MbarrierRing.words(stages))
+
+        slots = smem.allocate_tensor(Int32, cute.make_layout((MAILBOX_WORDS, MAILBOX_STAGES)), byte_alignment=16)
+        return Rings(
+            MbarrierRing(barriers(tile.q_stages), tile.q_stages),
+            MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
+            MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
+            TileMailbox(
+                slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers=self.consumer_warps + 1
+            ),
+        )
+
+    @cute.jit
+    def load(
+        self,
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        sq: cute.Tensor,
+        sk: cute.Tensor,
+        sv: cute.Tensor,
+        rings: Rings,
+        window: Window,
+        tensors: ForwardTensors,
+    ):
+        """The loading warp: for every tile Q, then K one KV tile ahead of V, in the order in which they are needed."""
+        spec, tile = self.spec, self.spec.tile
+        tile_position = q_position = k_position = v_position = MbarrierRing.start()
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            first_token = work.m_block * spec.tokens_per_tile
+            kv = KvRange.of_query_tile(seqlens, window, first_token, spec.tokens_per_tile, tile.tile_n)
+            if kv.num_tiles() > 0:
+                head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
+                head_q = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
+                q_rows = ragged_tma.query_rows(
+                    q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.cu_seqlens_q is not None
+                )
+                packed_k = const_expr(tensors.cu_seqlens_k is not None)
+                ragged_k = const_expr(packed_k or tensors.seqused_k is not None)
+                k_rows = ragged_tma.key_rows(k.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
+                v_rows = ragged_tma.key_rows(v.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
+                q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
+                load_q = ragged_tma.tile_loader(q.atom, q_rows, q_box, sq, rings.q)
+                load_k = ragged_tma.tile_loader(k.atom, k_rows, (tile.tile_n, tile.head_dim), sk, rings.k)
+                load_v = ragged_tma.tile_loader(v.atom, v_rows, (tile.tile_n, tile.head_dim_v), sv, rings.v)
+
+                load_q(q_position, 0)
+                q_position = q_position.next()
+                load_k(k_position, kv.end - 1)
+                k_position = k_position.next()
+                for i in cutlass.range(1, kv.num_tiles(), unroll=1):
+                    load_k(k_position, kv.end - 1 - i)
+                    k_position = k_position.next()
+                    load_v(v_position, kv.end - i)
+                    v_position = v_position.next()
+                load_v(v_position, kv.first)
+                v_position = v_position.next()
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    def _consumer(self, s_mma, o_mma, sq, sk, sv, scalars: ForwardScalars) -> Consumer:
+        tile = self.spec.tile
+        thread = cute.arch.thread_idx()[0] - WARPGROUP
+        index = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        # Slices of a whole warpgroup (of its first thread): WGMMA operands are descriptors, the same for all 128 threads.
+        s_slice, o_slice = s_mma.get_slice(index * WARPGROUP), o_mma.get_slice(index * WARPGROUP)
+        v_transposed = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
+        scale = scalars.softcap if const_expr(self.spec.softcap) else scalars.softmax_scale
+        return Consumer(
+            index,
+            thread % WARPGROUP,
+            s_mma,
+            o_mma,
+            s_slice.make_fragment_A(s_slice.partition_A(sq)),
+            s_slice.make_fragment_B(s_slice.partition_B(sk)),
+            o_slice.make_fragment_B(o_slice.partition_B(v_transposed)),
+            o_slice.make_fragment_A(o_slice.partition_shape_A((tile.tile_m, tile.tile_n))),
+            cute.make_rmem_tensor(o_slice.partition_shape_C((tile.tile_m, tile.head_dim_v)), Float32),
+            OnlineSoftmax.create(scale * LOG2_E),
+        )
+
+    @cute.jit
+    def compute(
+        self, me: Consumer, rings: Rings, window: Window, tensors: ForwardTensors, scalars: ForwardScalars
+    ):
+        """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows."""
+        spec, tile = self.spec, self.spec.tile
+        o = wgmma.flat(me.o)
+        if me.warpgroup == 0:
+            self._give_turn(Int32(tile.consumers - 1))  # to warpgroup 0 itself: it issues first
+        tile_position = q_position = kv_position = MbarrierRing.start()
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            first_token = work.m_block * spec.tokens_per_tile
+            kv = KvRange.of_query_tile(seqlens, window, first_token, spec.tokens_per_tile, tile.tile_n)
+            rows = OutputRows.of_thread(spec, work, me.warpgroup, me.thread)
+            me.softmax.reset()
+            o.fill(0.0)
+            if kv.num_tiles() > 0:
+                column = 2 * (me.thread % 4)
+                limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(2))
+                q = me.q[None, None, None, rings.q.stage(q_position)]
+                rings.q.wait_full(q_position)
+                s = self._first_scores(me, rings, q, kv_position)
+                self._modify_scores(s, scalars)
+                mask_scores(s, limits, kv.end - 1, tile.tile_n)
+                me.softmax.update(s)
+                self._store_p(me, s)
+                # Tiles that need a mask come first and, with a left window, last: only they pay for it.
+                masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
+                full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
+                if const_expr(window.right is not None):
+                    for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
+                        self._step(me, rings, q, kv_position, scalars, limits, kv.end - 2 - i)
+                        kv_position = kv_position.next()
+                for i in cutlass.range(masked_end - full_first, unroll=1):
+                    self._step(me, rings, q, kv_position, scalars, None, masked_end - 1 - i)
+                    kv_position = kv_position.next()
+                if const_expr(window.left is not None):
+                    for i in cutlass.range(full_first - kv.first, unroll=1):
+                        self._step(me, rings, q, kv_position, scalars, limits, full_first - 1 - i)
+                        kv_position = kv_position.next()
+                rings.q.release(q_position)
+                q_position = q_position.next()
+                self._last_output(me, rings, kv_position)
+                kv_position = kv_position.next()
+            rows.write(o, me.softmax, seqlens, tensors)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _first_scores(self, me: Consumer, rings: Rings, q: cute.Tensor, position) -> cute.Tensor:
+        s = self._score_registers(me)
+        rings.k.wait_full(position)
+        wgmma.issue(me.s_mma, s, q, me.k[None, None, None, rings.k.stage(position)], False)
+        warpgroup.wait_group(0)
+        rings.k.release(position)
+        return wgmma.flat(s)
+
+    @cute.jit
+    def _step(
+        self, me: Consumer, rings: Rings, q: cute.Tensor, position, scalars: ForwardScalars, limits, kv_tile: Int32
+    ):
+        """Scores of this KV tile, and meanwhile the output product of the tile before it (`position` counts that one)."""
+        following = position.next()
+        s = self._score_registers(me)
+        rings.k.wait_full(following)
+        self._wait_turn(me.warpgroup)
+        wgmma.issue(me.s_mma, s, q, me.k[None, None, None, rings.k.stage(following)], False)
+        rings.v.wait_full(position)
+        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
+        self._give_turn(me.warpgroup)
+        warpgroup.wait_group(1)
+        rings.k.release(following)
+        s_flat = wgmma.flat(s)
+        self._modify_scores(s_flat, scalars)
+        if const_expr(limits is not None):
+            mask_scores(s_flat, limits, kv_tile, self.spec.tile.tile_n)
+        me.softmax.update(s_flat)
+        warpgroup.wait_group(0)
+        rings.v.release(position)
+        self._store_p(me, s_flat)
+        me.softmax.rescale(wgmma.flat(me.o))
+
+    @cute.jit
+    def _last_output(self, me: Consumer, rings: Rings, position):
+        rings.v.wait_full(position)
+        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
+        warpgroup.wait_group(0)
+        rings.v.release(position)
+
+    def _score_registers(self, me: Consumer) -> cute.Tensor:
+        tile = self.spec.tile
+        return cute.make_rmem_tensor(me.s_mma.partition_shape_C((tile.tile_m, tile.tile_n)), Float32)
+
+    @cute.jit
+    def _modify_scores(self, s: cute.Tensor, scalars: ForwardScalars):
+        if const_expr(self.spec.softcap):
+            factor = scalars.softmax_scale / scalars.softcap
+            for i in cutlass.range_constexpr(cute.size(s)):
+                s[i] = tanh(s[i] * factor)
+
+    @cute.jit
+    def _store_p(self, me: Consumer, s: cute.Tensor):
+        """Rounds the probabilities to the input type, into the registers from which the output product reads them."""
+        p = cute.make_tensor(me.p.iterator, cute.make_layout(cute.size(s)))
+        p.store(s.load().to(self.spec.dtype))
+
+    # Turns: a warpgroup issues its products when it has the turn, then hands it to the next. It keeps the order of the
+    # warpgroups fixed, so that they do not drift into doing their softmaxes all at the same time.
+
+    def _wait_turn(self, index: Int32):
+        if self.spec.tile.consumers > 1:
+            cute.arch.barrier(barrier_id=FIRST_TURN + index, number_of_threads=2 * WARPGROUP)
+
+    def _give_turn(self, index: Int32):
+        if self.spec.tile.consumers > 1:
+            following = (index + 1) % self.spec.tile.consumers
+            cute.arch.barrier_arrive(barrier_id=FIRST_TURN + following, number_of_threads=2 * WARPGROUP)

@@ -1,0 +1,249 @@
+"""The public functions: arguments to a Problem, a backend for it, and its result."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn_cute import launch_sm90
+from flash_attn_cute.problem import AttentionTensors, Problem
+
+BACKENDS = ("auto", "cute", "reference")
+
+
+class Support(NamedTuple):
+    """Answer of `supports`: true in a condition where the call would run; `reason` says why not where it would not."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+    learnable_sink: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    num_splits: int = 1,
+    seqlen_k_per_split: int | None = None,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    scheduler: str = "auto",
+    scheduler_metadata: Any = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of different lengths.
+
+    q: (total_q, H, D) with cu_seqlens_q, else (B, Sq, H, D); bf16 or fp16 (on the CPU also fp32, fp64).
+    k, v: (total_k, Hk, D or Dv) with cu_seqlens_k, (pages, page_size, Hk, D or Dv) with page_table, else
+        (B, Sk, Hk, D or Dv). H must be a multiple of Hk. The last dimension is contiguous, other strides are free.
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device, offsets of the sequences. Rows of q past the last are padding.
+    max_seqlen_q, max_seqlen_k: bounds on the lengths, hints only.
+    seqused_q, seqused_k: (B,) int32, how much of each sequence is used.
+    page_table: (B, W) int32.
+    softmax_scale: defaults to D ** -0.5.
+    causal: query i sees keys up to i + len_k - len_q.
+    window_size: (left, right): query i sees keys from i + len_k - len_q - left to i + len_k - len_q + right; None or a
+        negative number is unbounded.
+    softcap: c > 0 makes a score c * tanh(score / c).
+    learnable_sink: (H,) logits that join the softmax and have no value.
+    pack_gqa: put the query heads of a KV head into one query tile; None chooses. It never changes the result.
+    scheduler: "auto", "single_tile", "static" or "dynamic". It never changes the result.
+    deterministic: the forward is always bitwise reproducible; accepted for callers that ask.
+    return_lse: also return the log-sum-exp of each row, natural logarithm, float32: (H, total_q) or (B, H, Sq).
+    out: where to write, as q with Dv.
+    backend: "auto", "cute" (the CuTe kernels) or "reference" (plain PyTorch in fp64, any device, differentiable).
+
+    A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one and
+    the row is a query). Returns out, or (out, lse). See DESIGN sections 3 and 5 for what is promised about bits.
+
+    Raises ValueError or TypeError for wrong arguments, each naming the argument; NotImplementedError for a combination
+    that the chosen backend does not have. Nothing is compiled or launched before that.
+    """
+    tensors = AttentionTensors(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        page_table,
+        learnable_sink,
+        key_mask,
+        key_bias,
+        out,
+    )
+    problem = Problem.from_arguments(
+        tensors,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        num_splits=num_splits,
+        seqlen_k_per_split=seqlen_k_per_split,
+        pack_gqa=pack_gqa,
+        deterministic=deterministic,
+        scheduler=scheduler,
+        return_lse=return_lse,
+    )
+    if scheduler_metadata is not None and scheduler_metadata is not False:
+        raise NotImplementedError("scheduler_metadata: planning on the device is not built yet")
+    out, lse = _attend(tensors, problem, backend)
+    return (out, lse) if return_lse else out
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a batch of equal lengths: q (B, Sq, H, D), k and v (B, Sk, Hk, D or Dv).
+
+    Options and result are those of `flash_attn_varlen_func`, less the tensors that describe ragged batches.
+    """
+    ragged = [name for name in _RAGGED_OPTIONS if options.get(name) is not None]
+    if ragged:
+        raise TypeError(f"flash_attn_func takes no {ragged[0]}: use flash_attn_varlen_func")
+    return flash_attn_varlen_func(q, k, v, **options)
+
+
+_RAGGED_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend: str = "auto", **options
+) -> Support:
+    """Whether `flash_attn_varlen_func` with these arguments runs, without compiling or launching anything.
+
+    The tensors may be on the meta device. device: a device, a device string, or a compute capability such as (9, 0) to
+    judge for instead of q's own device. Returns a `Support`; wrong arguments raise as the call itself would.
+    """
+    named = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), args, strict=False)) | options
+    tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in AttentionTensors._fields[3:]})
+    if named.pop("scheduler_metadata", None) not in (None, False):
+        return Support(False, "scheduler_metadata")
+    problem = Problem.from_arguments(tensors, **named)
+    reason = _choose(problem, backend, _capability(q.device if device is None else device))[1]
+    return Support(reason is None, reason or "")
+
+
+def precompile(config: dict) -> None:
+    """Compiles one kernel into the cache. `config`: the fields of launch_sm90.KernelKey that differ from a plain call."""
+    plain = dict(
+        qheads_per_kvhead=1,
+        pack_gqa=False,
+        causal=False,
+        window=(False, False),
+        softcap=False,
+        varlen_q=True,
+        varlen_k=True,
+        seqused_q=False,
+        seqused_k=False,
+        sink=None,
+        lse=False,
+        dynamic=None,
+    )
+    unknown = config.keys() - plain.keys() - {"dtype", "head_dim", "head_dim_v"}
+    if unknown:
+        raise ValueError(f"config: got {sorted(unknown)}; takes {sorted(plain)}, dtype, head_dim and head_dim_v")
+    c = plain | config
+    uneven = c["causal"] or any(c["window"]) or c["varlen_q"] or c["varlen_k"] or c["seqused_q"] or c["seqused_k"]
+    key = launch_sm90.KernelKey(
+        launch_sm90.ARCHITECTURE,
+        "forward",
+        c["dtype"],
+        c["head_dim"],
+        c.get("head_dim_v", c["head_dim"]),
+        c["qheads_per_kvhead"],
+        c["pack_gqa"] and c["qheads_per_kvhead"] > 1,
+        c["causal"],
+        bool(c["window"][0]),
+        bool(c["window"][1]) and not c["causal"],
+        c["softcap"],
+        c["varlen_q"],
+        c["varlen_k"],
+        c["seqused_q"],
+        c["seqused_k"],
+        c["sink"],
+        c["lse"],
+        uneven if c["dynamic"] is None else c["dynamic"],
+    )
+    launch_sm90.cache.get(key, lambda: launch_sm90.compile_kernel(key))
+
+
+def _capability(device: Any) -> tuple[int, int] | str:
+    """Compute capability of a CUDA device, or the type of another one."""
+    if isinstance(device, tuple):
+        return device
+    device = torch.device(device)
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else device.type
+
+
+def _choose(problem: Problem, backend: str, capability: tuple[int, int] | str) -> tuple[str | None, str | None]:
+    """(backend, None), or (None, why none of them takes the problem)."""
+    if backend not in BACKENDS:
+        if backend in ("emulator", "triton", "cute+triton"):
+            return None, f"backend={backend!r} is not built yet"
+        raise ValueError(f"backend: got {backend!r}; takes one of {', '.join(BACKENDS)}")
+    if backend == "reference" or (backend == "auto" and capability == "cpu"):
+        return "reference", None
+    if isinstance(capability, str):
+        return None, f"backend={backend!r} on device type {capability}: the CuTe kernels need a CUDA device"
+    if capability[0] != 9:
+        return None, f"compute capability {capability[0]}.{capability[1]}: there is a kernel for 9.0 only"
+    reason = launch_sm90.unsupported(problem)
+    return (None, f"SM90 kernel: {reason}") if reason else ("cute", None)
+
+
+def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
+    chosen, reason = _choose(problem, backend, _capability_of(tensors.q))
+    if chosen is None:
+        raise NotImplementedError(reason)
+    if chosen == "reference":
+        from flash_attn_cute.reference import attention_reference
+
+        out, lse = attention_reference(tensors, problem)
+        if tensors.out is not None:
+            out = tensors.out.copy_(out)
+        return out, lse
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _differentiable(tensors)):
+        raise NotImplementedError(
+            "backend='cute' has no backward: call it under torch.no_grad(), or use backend='reference' for gradients"
+        )
+    if torch.compiler.is_compiling():
+        return _through_custom_op(tensors, problem)
+    return launch_sm90.run(tensors, problem)
+
+
+_capabilities: dict[torch.device, tuple[int, int] | str] = {}
+
+
+def _capability_of(q: Tensor) -> tuple[int, int] | str:
+    device = q.device
+    found = _capabilities.get(device)
+    if found is None:
+        found = _capabilities[device] = _capability(device)
+    return found
+
+
+def _differentiable(tensors: AttentionTensors):
+    return tensors.q, tensors.k, tensors.v, tensors.learnable_sink, tensors.key_bias

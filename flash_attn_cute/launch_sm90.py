@@ -1,0 +1,245 @@
+"""From a Problem to a launch of the Hopper forward kernel: what it takes, how it is planned, compiled and called."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn_cute.compile_cache import cache
+from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.tuning import packed_rows, sm90_l2_share, sm90_packs_heads, sm90_tile
+
+ARCHITECTURE = "sm_90a"
+TMA_ALIGNMENT = 16
+UNBOUNDED = 1 << 30  # a window side this large sees everything, and sums of two still fit in int32
+
+_DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {problem.dtype}"
+    if sm90_tile(problem.head_dim, problem.head_dim_v) is None:
+        return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
+    if problem.is_paged:
+        return "page_table"
+    if problem.key_mask_heads is not None:
+        return "key_mask"
+    if problem.key_bias_heads is not None:
+        return "key_bias"
+    if problem.seqlen_k_per_split is not None:
+        return "seqlen_k_per_split"
+    if problem.num_splits > 1:
+        return f"num_splits={problem.num_splits}"
+    if problem.scheduler == "clc":
+        return "scheduler='clc', which needs SM100"
+    if problem.softmax_scale <= 0.0:
+        return f"softmax_scale={problem.softmax_scale}, which is not positive"
+    tile = sm90_tile(problem.head_dim, problem.head_dim_v)
+    if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.tile_m) == 0:
+        return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {tile.tile_m})"
+    return None
+
+
+class KernelKey(NamedTuple):
+    """Everything that changes the generated code, in types that mean the same in another process."""
+
+    architecture: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    qheads_per_kvhead: int
+    packed: bool
+    causal: bool
+    window_left: bool
+    window_right: bool
+    softcap: bool
+    varlen_q: bool
+    varlen_k: bool
+    seqused_q: bool
+    seqused_k: bool
+    sink: str | None
+    lse: bool
+    dynamic: bool
+
+
+class Plan(NamedTuple):
+    key: KernelKey
+    num_tiles: int
+    grid: int
+    l2_keys: int
+
+
+@functools.cache
+def _device_limits(index: int) -> tuple[int, int]:
+    """(number of SMs, bytes of L2)."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def plan(problem: Problem, num_sms: int, l2_bytes: int) -> Plan:
+    """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch."""
+    p = problem
+    tile = sm90_tile(p.head_dim, p.head_dim_v)
+    group = p.qheads_per_kvhead
+    packed = p.pack_gqa
+    if packed is None:
+        packed = sm90_packs_heads(group, p.total_q / max(p.batch_size, 1), tile.tile_m)
+    packed = packed and group > 1
+    rows = packed_rows(group, tile.tile_m) if packed else 1
+    heads = p.num_heads_kv if packed else p.num_heads
+    if p.q_packed:
+        num_tiles = (p.total_q * rows // tile.tile_m + p.batch_size + 1) * heads
+    else:
+        num_tiles = -(-p.seqlen_q * rows // tile.tile_m) * heads * p.batch_size
+    one_length = not (p.q_packed or p.k_packed or p.has_seqused_q or p.has_seqused_k)
+    uneven = p.causal or p.is_local or not one_length
+    scheduler = p.scheduler
+    if scheduler == "auto":
+        scheduler = "dynamic" if uneven and num_tiles > num_sms else "static"
+    bounded_right = p.window_right is not None
+    l2_keys = 0
+    if bounded_right:
+        shared_by = 1 if packed else group
+        l2_keys = int(sm90_l2_share * l2_bytes) // (2 * (p.head_dim + p.head_dim_v)) * shared_by
+    key = KernelKey(
+        ARCHITECTURE,
+        "forward",
+        _DTYPE_NAMES[p.dtype],
+        p.head_dim,
+        p.head_dim_v,
+        group,
+        packed,
+        p.causal,
+        p.window_left is not None,
+        bounded_right and not p.causal,
+        p.softcap > 0.0,
+        p.q_packed,
+        p.k_packed,
+        p.has_seqused_q,
+        p.has_seqused_k,
+        _DTYPE_NAMES.get(p.sink_dtype),
+        p.return_lse,
+        scheduler == "dynamic",
+    )
+    return Plan(key, num_tiles, num_tiles if scheduler == "single_tile" else min(num_tiles, num_sms), l2_keys)
+
+
+def compile_kernel(key: KernelKey) -> Any:
+    """Compiles one kernel for tensors of any size. Needs no GPU: CUTE_DSL_ARCH=sm_90a cross-compiles."""
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass import Float32, Int32
+
+    from flash_attn_cute.forward_sm90 import ForwardScalars, ForwardSm90, ForwardSpec, ForwardTensors
+
+    types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
+    dtype, tile = types[key.dtype], sm90_tile(key.head_dim, key.head_dim_v)
+
+    def tensor(element, *shape):
+        alignment = TMA_ALIGNMENT if element is dtype and len(shape) > 1 else element.width // 8
+        strides = [cute.sym_int64(divisibility=alignment * 8 // element.width) for _ in shape[:-1]] + [1]
+        shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
+        return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=alignment)
+
+    def optional(present, element, *shape):
+        return tensor(element, *shape) if present else None
+
+    rank_q, rank_k = (None,) * (2 if key.varlen_q else 3), (None,) * (2 if key.varlen_k else 3)
+    tensors = ForwardTensors(
+        q=tensor(dtype, *rank_q, key.head_dim),
+        k=tensor(dtype, *rank_k, key.head_dim),
+        v=tensor(dtype, *rank_k, key.head_dim_v),
+        out=tensor(dtype, *rank_q, key.head_dim_v),
+        lse=optional(key.lse, Float32, *rank_q),
+        cu_seqlens_q=optional(key.varlen_q, Int32, None),
+        cu_seqlens_k=optional(key.varlen_k, Int32, None),
+        seqused_q=optional(key.seqused_q, Int32, None),
+        seqused_k=optional(key.seqused_k, Int32, None),
+        sink=optional(key.sink is not None, types.get(key.sink), None),
+        semaphore=optional(key.dynamic, Int32, 2),
+    )
+    rows = packed_rows(key.qheads_per_kvhead, tile.tile_m) if key.packed else 1
+    spec = ForwardSpec(
+        dtype, tile, key.qheads_per_kvhead, rows, key.causal, key.window_left, key.window_right, key.softcap
+    )
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(5)))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options="--enable-tvm-ffi")
+
+
+_semaphores: dict[tuple[int, int], Tensor] = {}
+
+
+def _semaphore(device: torch.device) -> Tensor:
+    """Two zeroed int32 that launches of one stream share: each launch leaves them zero.
+
+    A captured graph gets its own (zeroed by the graph at every replay): it may run beside anything, and memory that was
+    allocated during a capture belongs to the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    semaphore = _semaphores.get(key)
+    if semaphore is None:
+        semaphore = _semaphores[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return semaphore
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """x itself, or a contiguous copy where the copy engine cannot address it (16-byte steps, no broadcast dimension)."""
+    unit = TMA_ALIGNMENT // 2
+    strides = x.stride()
+    if x.data_ptr() % TMA_ALIGNMENT == 0 and not any(s % unit or s == 0 for s in strides[:-1]):
+        return x
+    return x.contiguous() if not x.is_contiguous() else x.clone()
+
+
+def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Launches on the current stream; returns (out, lse). The caller has asked `unsupported`."""
+    t, p = tensors, problem
+    device = t.q.device
+    out = t.out if t.out is not None else torch.empty(p.out_shape, dtype=p.dtype, device=device)
+    lse = torch.empty(p.lse_shape, dtype=torch.float32, device=device) if p.return_lse else None
+    if out.numel() == 0:
+        return out, lse
+    launch = plan(p, *_device_limits(device.index))
+    function = cache.get(launch.key, functools.partial(compile_kernel, launch.key))
+    q, k, v = _for_tma(t.q), t.k, t.v
+    if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent
+        k, v = ([x.new_empty([max(n, 1) for n in x.shape]) for x in (k, v)])
+    k, v = _for_tma(k), _for_tma(v)
+    target = out if _for_tma(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
+    sink = t.learnable_sink
+    function(
+        (
+            q,
+            k,
+            v,
+            target,
+            lse,
+            t.cu_seqlens_q,
+            t.cu_seqlens_k,
+            t.seqused_q,
+            t.seqused_k,
+            sink,
+            _semaphore(device) if launch.key.dynamic else None,
+        ),
+        (
+            p.softmax_scale,
+            p.softcap,
+            min(p.window_left or 0, UNBOUNDED),
+            min(p.window_right or 0, UNBOUNDED),
+            launch.num_tiles,
+            launch.grid,
+            launch.l2_keys,
+        ),
+    )
+    if target is not out:
+        out.copy_(target)
+    return out, lse

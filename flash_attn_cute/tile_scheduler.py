@@ -1,0 +1,193 @@
+"""Tile schedulers: which query tile a CTA works on next.
+
+A launch's tiles are numbered 0 .. num_tiles - 1. `TileOrder` turns a number into a tile (it is the only place that knows
+about sequences, heads and the order of query tiles), `TileScheduler` says which number comes next, and a warp of its own
+runs both ahead of the others and broadcasts what it found through shared memory (`TileMailbox`), so that neither a search
+through cu_seqlens nor an atomic's latency is ever on the path of a warp that computes.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, const_expr
+
+from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
+
+WARP = 32
+
+
+class WorkTile(NamedTuple):
+    """One query tile of one head (of one KV head where query heads are packed) of one sequence, or one split of it."""
+
+    m_block: Int32  # negative: there is no more work
+    head: Int32
+    batch: Int32
+    split: Int32
+    num_splits: Int32
+
+    def is_work(self) -> Boolean:
+        return self.m_block >= 0
+
+    @staticmethod
+    def none():
+        return WorkTile(Int32(-1), Int32(0), Int32(0), Int32(0), Int32(1))
+
+
+@dataclass(frozen=True)
+class TileOrder:
+    """How tile numbers map to tiles.
+
+    Packed sequences need no table: sequence b gets the numbers from cu_seqlens[b] * rows_per_token // tile_m + b on (times
+    the heads), which leaves room for its tiles wherever it starts and is monotone in b, so that a warp finds b by a search
+    that is 32 wide. At most one number a sequence and head stands for no tile.
+
+    Heads are walked in sections whose keys and values fit in L2 together; within a section all heads' longest query tiles
+    come first (`longest_first`), which keeps the tail of a causal launch short.
+    """
+
+    seqlens: SeqlenSource
+    num_heads: Int32
+    num_tiles: Int32
+    l2_keys: Int32  # how many keys of one head fit in the share of L2 that one section may take
+    tile_m: int
+    rows_per_token: int
+    longest_first: bool
+
+    @cute.jit
+    def decode(self, number: Int32):
+        """(WorkTile, Seqlens) of a tile number below num_tiles. All 32 lanes of a warp call it."""
+        batch, local = Int32(0), number
+        if const_expr(self.seqlens.tensors.cu_seqlens_q is not None):
+            batch, local = self._find_sequence(number)
+        seqlens = self.seqlens.of(batch)
+        if const_expr(self.seqlens.tensors.cu_seqlens_q is not None):
+            m_block, head, is_tile = self._within(local, seqlens, self.num_heads)
+            if not is_tile:
+                m_block = Int32(-1)
+        else:
+            m_block, head_of_all, is_tile = self._within(local, seqlens, self.num_heads * self.seqlens.batch_size)
+            batch, head = head_of_all // self.num_heads, head_of_all % self.num_heads
+            seqlens = self.seqlens.of(batch)
+        return WorkTile(m_block, head, batch, Int32(0), Int32(1)), seqlens
+
+    def _first_number(self, batch: Int32) -> Int32:
+        start = self.seqlens.tensors.cu_seqlens_q[batch]
+        return (start * self.rows_per_token // self.tile_m + batch) * self.num_heads
+
+    @cute.jit
+    def _find_sequence(self, number: Int32):
+        """The last b with _first_number(b) <= number, among the sequences and the padding behind them."""
+        lane = cute.arch.lane_idx()
+        low, span = Int32(0), self.seqlens.batch_size + 1
+        while span > 1:
+            step = (span + WARP - 1) // WARP
+            probe = low + lane * step
+            is_before = Boolean(False)
+            if lane * step < span:
+                is_before = self._first_number(probe) <= number
+            before = cute.arch.popc(cute.arch.vote_ballot_sync(is_before))
+            taken = (before - 1) * step
+            low = low + taken
+            span = cutlass.min(span - taken, step)
+        return low, number - self._first_number(low)
+
+    @cute.jit
+    def _within(self, local: Int32, seqlens: Seqlens, num_heads: Int32):
+        """(m_block, head, whether there is such a tile) of the local-th tile of `num_heads` heads of equal length."""
+        m_blocks = (seqlens.rows_q * self.rows_per_token + self.tile_m - 1) // self.tile_m
+        is_tile = local < m_blocks * num_heads
+        section = cutlass.min(cutlass.max(self.l2_keys // cutlass.max(seqlens.len_k, 1), 1), num_heads)
+        per_section = cutlass.max(section * m_blocks, 1)
+        first_head = local // per_section * section
+        heads_here = cutlass.max(cutlass.min(section, num_heads - first_head), 1)
+        rest = local % per_section
+        m_block = rest // heads_here
+        if const_expr(self.longest_first):
+            m_block = m_blocks - 1 - m_block
+        return m_block, first_head + rest % heads_here, is_tile
+
+
+@dataclass(frozen=True)
+class TileScheduler:
+    """Which tile number a CTA takes next.
+
+    Without a semaphore: number + gridDim (static persistent; with a CTA a tile, the single-tile scheduler). With one: the
+    next number that no CTA has taken. `semaphore` is two int32, zero before and after every launch: numbers handed out,
+    and CTAs that are done; the last CTA resets both.
+    """
+
+    semaphore: Optional[cute.Tensor]
+
+    @cute.jit
+    def next(self, number: Int32) -> Int32:
+        """All 32 lanes call it and get the same number."""
+        grid, _, _ = cute.arch.grid_dim()
+        following = number + grid
+        if const_expr(self.semaphore is not None):
+            taken = Int32(0)
+            if cute.arch.lane_idx() == 0:
+                taken = cute.arch.atomic_add(self.semaphore.iterator, Int32(1), sem="relaxed", scope="gpu")
+            following = grid + cute.arch.shuffle_sync(taken, 0)
+        return following
+
+    @cute.jit
+    def finish(self):
+        """One warp a CTA, after its last `next`."""
+        if const_expr(self.semaphore is not None):
+            if cute.arch.lane_idx() == 0:
+                grid, _, _ = cute.arch.grid_dim()
+                done = cute.arch.atomic_add(self.semaphore.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
+                if done == grid - 1:
+                    self.semaphore[0] = Int32(0)
+                    self.semaphore[1] = Int32(0)
+
+
+MAILBOX_STAGES = 2  # one being read, one ready: the loads of a short tile can start while the tile before is computed
+MAILBOX_WORDS = 12  # ten int32 a slot, kept a multiple of 16 bytes
+
+
+@dataclass(frozen=True)
+class TileMailbox:
+    """Broadcast of (WorkTile, Seqlens) from the scheduling warp to `readers` warps through the slots of a ring."""
+
+    slots: cute.Tensor  # (MAILBOX_WORDS, MAILBOX_STAGES) int32 in shared memory
+    ring: MbarrierRing
+    readers: int
+
+    def init(self):
+        self.ring.init(full_arrivals=1, empty_arrivals=self.readers)
+
+    @cute.jit
+    def send(self, position: RingPosition, tile: WorkTile, seqlens: Seqlens):
+        self.ring.wait_empty(position)
+        stage = self.ring.stage(position)
+        if cute.arch.lane_idx() == 0:
+            for i, word in enumerate((*tile, *seqlens)):
+                self.slots[i, stage] = word
+        self.ring.publish(position)
+
+    @cute.jit
+    def receive(self, position: RingPosition):
+        self.ring.wait_full(position)
+        stage = self.ring.stage(position)
+        words = [self.slots[i, stage] for i in range(10)]
+        self.ring.release(position)
+        return WorkTile(*words[:5]), Seqlens(*words[5:])
+
+
+@cute.jit
+def schedule(order: TileOrder, scheduler: TileScheduler, mailbox: TileMailbox):
+    """Body of the scheduling warp: sends every tile of this CTA, then an empty one."""
+    position = MbarrierRing.start()
+    number, _, _ = cute.arch.block_idx()
+    while number < order.num_tiles:
+        tile, seqlens = order.decode(number)
+        if tile.is_work():
+            mailbox.send(position, tile, seqlens)
+            position = position.next()
+        number = scheduler.next(number)
+    mailbox.send(position, WorkTile.none(), Seqlens(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)))
+    scheduler.finish()

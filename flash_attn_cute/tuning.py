@@ -1,0 +1,87 @@
+"""Tile shapes and pipeline depths, each with its reason.
+
+The number of keys in a KV tile is one constant a (architecture, head_dim, head_dim_v): nothing about a batch, a mask or a
+launch may change it, because it decides which keys meet in one partial sum (batch invariance). Rows of a query tile
+never meet, so tile_m is free.
+"""
+
+from typing import NamedTuple, Optional
+
+SM90_SMEM_BYTES = 227 * 1024
+
+
+class Sm90Tile(NamedTuple):
+    """Shape of the work of one CTA. `consumers` warpgroups take 64 query rows each."""
+
+    consumers: int
+    tile_n: int
+    kv_stages: int
+    q_stages: int
+    head_dim: int  # padded: what the tiles hold
+    head_dim_v: int
+
+    @property
+    def tile_m(self) -> int:
+        return 64 * self.consumers
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8."""
+        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumers]
+
+    @property
+    def smem_bytes(self) -> int:
+        q = self.tile_m * self.head_dim * self.q_stages
+        kv = self.tile_n * (self.head_dim + self.head_dim_v) * self.kv_stages
+        return 2 * (q + kv)
+
+
+_SM90_TILES = {
+    # d64: the exponentials bind, not the products; a third warpgroup gives the scheduler one more to hide them behind.
+    (64, 64): Sm90Tile(3, 128, 2, 2, 64, 64),
+    (96, 96): Sm90Tile(2, 128, 2, 2, 96, 96),
+    # d128: 128 keys divide causal blocks evenly, and leave room for a second Q stage, so the next tile's queries are
+    # there when its first product starts.
+    (128, 128): Sm90Tile(2, 128, 2, 2, 128, 128),
+    # From here on shared memory decides: the most keys with two stages of each operand.
+    (192, 128): Sm90Tile(2, 128, 2, 1, 192, 128),
+    (192, 192): Sm90Tile(2, 112, 2, 1, 192, 192),
+    (256, 256): Sm90Tile(2, 80, 2, 1, 256, 256),
+}
+
+
+def sm90_tile(head_dim: int, head_dim_v: int) -> Optional[Sm90Tile]:
+    """The tile for a pair of head dimensions (rounded up to the next that has one), or None where there is no kernel."""
+    if head_dim == head_dim_v:
+        for padded in (64, 96, 128, 192, 256):
+            if head_dim <= padded:
+                return _SM90_TILES[(padded, padded)]
+    return _SM90_TILES.get((head_dim, head_dim_v))
+
+
+def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:
+    """Rows of a query tile that one token takes when its query heads are packed: the least divisor of tile_m that holds
+    them, so that a tile holds whole tokens and one TMA box loads it; rows past the real heads are computed and dropped."""
+    return next((d for d in range(qheads_per_kvhead, tile_m + 1) if tile_m % d == 0), 0)
+
+
+# Share of L2 that the keys and values of the heads in flight may take: the rest is for queries, outputs and what other
+# CTAs, some tiles ahead or behind, still read.
+sm90_l2_share = 0.5
+
+
+def sm90_packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:
+    """Whether to pack the query heads of a KV head into the query tile, where the caller leaves it open.
+
+    Packing fills tiles of short sequences, and reads keys once for the whole group; rows that pad a group to a divisor of
+    the tile are wasted. Neither changes any output bit.
+    """
+    rows = packed_rows(qheads_per_kvhead, tile_m)
+    if rows == 0 or qheads_per_kvhead == 1:
+        return False
+
+    def fill(rows_per_token: int) -> float:
+        used = mean_seqlen_q * rows_per_token
+        return used / (-(-used // tile_m) * tile_m) if used else 1.0
+
+    return fill(rows) * qheads_per_kvhead / rows >= fill(1)
