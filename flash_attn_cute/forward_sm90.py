@@ -89,7 +89,8 @@ class ForwardScalars(NamedTuple):
     window_right: Int32
     num_tiles: Int32
     grid: Int32
-    l2_keys: Int32
+    section_heads: Int32
+    section_tiles: Int32
 
 
 class Operand(NamedTuple):
@@ -134,6 +135,11 @@ class ForwardSm90:
         tile = spec.tile
         self.threads = WARPGROUP * (tile.consumers + 1)
         self.consumer_warps = 4 * tile.consumers
+        # Turns pay where softmax is a large part of a step. With wide heads the products dominate, and warpgroups that
+        # issue whenever they can keep the tensor cores busier.
+        self.take_turns = tile.consumers > 1 and tile.head_dim <= 128
+        # A wide output takes long to rescale: do it while the scores of the next tile are being computed.
+        self.rescale_late = tile.head_dim_v > 128
 
     # ---------------------------------------------------------------------------------------------------------------
     # Host side: descriptors, layouts, launch
@@ -252,7 +258,8 @@ class ForwardSm90:
             source,
             heads // spec.qheads_per_kvhead if spec.packed else heads,
             scalars.num_tiles,
-            scalars.l2_keys,
+            scalars.section_heads,
+            scalars.section_tiles,
             spec.tile.tile_m,
             spec.rows_per_token,
             longest_first=spec.causal or spec.window_right,
@@ -417,6 +424,8 @@ class ForwardSm90:
         rings.k.wait_full(following)
         self._wait_turn(me.warpgroup)
         wgmma.issue(me.s_mma, s, q, me.k[None, None, None, rings.k.stage(following)], False)
+        if const_expr(self.rescale_late):
+            me.softmax.rescale(wgmma.flat(me.o))
         rings.v.wait_full(position)
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
         self._give_turn(me.warpgroup)
@@ -430,10 +439,13 @@ class ForwardSm90:
         warpgroup.wait_group(0)
         rings.v.release(position)
         self._store_p(me, s_flat)
-        me.softmax.rescale(wgmma.flat(me.o))
+        if const_expr(not self.rescale_late):
+            me.softmax.rescale(wgmma.flat(me.o))
 
     @cute.jit
     def _last_output(self, me: Consumer, rings: Rings, position):
+        if const_expr(self.rescale_late):
+            me.softmax.rescale(wgmma.flat(me.o))
         rings.v.wait_full(position)
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
         warpgroup.wait_group(0)
@@ -453,17 +465,16 @@ class ForwardSm90:
     @cute.jit
     def _store_p(self, me: Consumer, s: cute.Tensor):
         """Rounds the probabilities to the input type, into the registers from which the output product reads them."""
-        p = cute.make_tensor(me.p.iterator, cute.make_layout(cute.size(s)))
-        p.store(s.load().to(self.spec.dtype))
+        wgmma.round_to(s, wgmma.flat(me.p))
 
     # Turns: a warpgroup issues its products when it has the turn, then hands it to the next. It keeps the order of the
     # warpgroups fixed, so that they do not drift into doing their softmaxes all at the same time.
 
     def _wait_turn(self, index: Int32):
-        if self.spec.tile.consumers > 1:
+        if self.take_turns:
             cute.arch.barrier(barrier_id=FIRST_TURN + index, number_of_threads=2 * WARPGROUP)
 
     def _give_turn(self, index: Int32):
-        if self.spec.tile.consumers > 1:
+        if self.take_turns:
             following = (index + 1) % self.spec.tile.consumers
             cute.arch.barrier_arrive(barrier_id=FIRST_TURN + following, number_of_threads=2 * WARPGROUP)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.problem import AttentionTensors, Problem
-from flash_attn_cute.tuning import packed_rows, sm90_l2_share, sm90_packs_heads, sm90_tile
+from flash_attn_cute.tuning import packed_rows, sm90_packs_heads, sm90_section, sm90_tile
 
 ARCHITECTURE = "sm_90a"
 TMA_ALIGNMENT = 16
@@ -72,17 +72,16 @@ class Plan(NamedTuple):
     key: KernelKey
     num_tiles: int
     grid: int
-    l2_keys: int
+    section_heads: int
+    section_tiles: int
 
 
 @functools.cache
-def _device_limits(index: int) -> tuple[int, int]:
-    """(number of SMs, bytes of L2)."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.L2_cache_size
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def plan(problem: Problem, num_sms: int, l2_bytes: int) -> Plan:
+def plan(problem: Problem, num_sms: int) -> Plan:
     """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch."""
     p = problem
     tile = sm90_tile(p.head_dim, p.head_dim_v)
@@ -103,10 +102,7 @@ def plan(problem: Problem, num_sms: int, l2_bytes: int) -> Plan:
     if scheduler == "auto":
         scheduler = "dynamic" if uneven and num_tiles > num_sms else "static"
     bounded_right = p.window_right is not None
-    l2_keys = 0
-    if bounded_right:
-        shared_by = 1 if packed else group
-        l2_keys = int(sm90_l2_share * l2_bytes) // (2 * (p.head_dim + p.head_dim_v)) * shared_by
+    section_heads, section_tiles = sm90_section(num_sms) if bounded_right else (1, 0)
     key = KernelKey(
         ARCHITECTURE,
         "forward",
@@ -127,7 +123,8 @@ def plan(problem: Problem, num_sms: int, l2_bytes: int) -> Plan:
         p.return_lse,
         scheduler == "dynamic",
     )
-    return Plan(key, num_tiles, num_tiles if scheduler == "single_tile" else min(num_tiles, num_sms), l2_keys)
+    grid = num_tiles if scheduler == "single_tile" else min(num_tiles, num_sms)
+    return Plan(key, num_tiles, grid, section_heads, section_tiles)
 
 
 def compile_kernel(key: KernelKey) -> Any:
@@ -168,7 +165,7 @@ def compile_kernel(key: KernelKey) -> Any:
     spec = ForwardSpec(
         dtype, tile, key.qheads_per_kvhead, rows, key.causal, key.window_left, key.window_right, key.softcap
     )
-    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(5)))
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(6)))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options="--enable-tvm-ffi")
 
@@ -208,7 +205,7 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
     lse = torch.empty(p.lse_shape, dtype=torch.float32, device=device) if p.return_lse else None
     if out.numel() == 0:
         return out, lse
-    launch = plan(p, *_device_limits(device.index))
+    launch = plan(p, _num_sms(device.index))
     function = cache.get(launch.key, functools.partial(compile_kernel, launch.key))
     q, k, v = _for_tma(t.q), t.k, t.v
     if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent
@@ -237,7 +234,8 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
             min(p.window_right or 0, UNBOUNDED),
             launch.num_tiles,
             launch.grid,
-            launch.l2_keys,
+            launch.section_heads,
+            launch.section_tiles,
         ),
     )
     if target is not out:

@@ -44,14 +44,16 @@ class TileOrder:
     the heads), which leaves room for its tiles wherever it starts and is monotone in b, so that a warp finds b by a search
     that is 32 wide. At most one number a sequence and head stands for no tile.
 
-    Heads are walked in sections whose keys and values fit in L2 together; within a section all heads' longest query tiles
-    come first (`longest_first`), which keeps the tail of a causal launch short.
+    Heads are walked in sections. Within a section the first query tile of every head comes first, then the second, or from
+    the last backwards (`longest_first`), which keeps the tail of a causal launch short. A section is kept small enough
+    that the tiles in flight share their heads' keys through L2.
     """
 
     seqlens: SeqlenSource
     num_heads: Int32
     num_tiles: Int32
-    l2_keys: Int32  # how many keys of one head fit in the share of L2 that one section may take
+    section_heads: Int32  # a section has at least this many heads,
+    section_tiles: Int32  # and more while it has no more than this many tiles
     tile_m: int
     rows_per_token: int
     longest_first: bool
@@ -99,7 +101,8 @@ class TileOrder:
         """(m_block, head, whether there is such a tile) of the local-th tile of `num_heads` heads of equal length."""
         m_blocks = (seqlens.rows_q * self.rows_per_token + self.tile_m - 1) // self.tile_m
         is_tile = local < m_blocks * num_heads
-        section = cutlass.min(cutlass.max(self.l2_keys // cutlass.max(seqlens.len_k, 1), 1), num_heads)
+        section = cutlass.max(self.section_heads, self.section_tiles // cutlass.max(m_blocks, 1))
+        section = cutlass.min(section, num_heads)
         per_section = cutlass.max(section * m_blocks, 1)
         first_head = local // per_section * section
         heads_here = cutlass.max(cutlass.min(section, num_heads - first_head), 1)
@@ -145,7 +148,7 @@ class TileScheduler:
                     self.semaphore[1] = Int32(0)
 
 
-MAILBOX_STAGES = 2  # one being read, one ready: the loads of a short tile can start while the tile before is computed
+MAILBOX_STAGES = 1  # a tile that waits here is lost to idle CTAs
 MAILBOX_WORDS = 12  # ten int32 a slot, kept a multiple of 16 bytes
 
 
@@ -162,7 +165,6 @@ class TileMailbox:
 
     @cute.jit
     def send(self, position: RingPosition, tile: WorkTile, seqlens: Seqlens):
-        self.ring.wait_empty(position)
         stage = self.ring.stage(position)
         if cute.arch.lane_idx() == 0:
             for i, word in enumerate((*tile, *seqlens)):
@@ -188,6 +190,8 @@ def schedule(order: TileOrder, scheduler: TileScheduler, mailbox: TileMailbox):
         if tile.is_work():
             mailbox.send(position, tile, seqlens)
             position = position.next()
+            # Only now: a number taken early is work that an idle CTA cannot have.
+            mailbox.ring.wait_empty(position)
         number = scheduler.next(number)
     mailbox.send(position, WorkTile.none(), Seqlens(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)))
     scheduler.finish()

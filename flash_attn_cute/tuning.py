@@ -65,9 +65,13 @@ def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:
     return next((d for d in range(qheads_per_kvhead, tile_m + 1) if tile_m % d == 0), 0)
 
 
-# Share of L2 that the keys and values of the heads in flight may take: the rest is for queries, outputs and what other
-# CTAs, some tiles ahead or behind, still read.
-sm90_l2_share = 0.5
+def sm90_section(num_sms: int) -> tuple[int, int]:
+    """(least heads, most tiles) of a section of the longest-first order: see tile_scheduler.TileOrder.
+
+    About 8 query tiles in flight share each head's keys, so memory is read at an eighth of the rate at which L2 is; short
+    sequences take as many heads as give every SM a few tiles, so that the shortest come last.
+    """
+    return max(num_sms // 8, 1), 4 * num_sms
 
 
 def sm90_packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:

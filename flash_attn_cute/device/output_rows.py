@@ -11,6 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from flash_attn_cute.device import wgmma
 from flash_attn_cute.device.seqlens import Seqlens
 from flash_attn_cute.device.softmax import OnlineSoftmax
 
@@ -94,7 +95,7 @@ class OutputRows:
             for c in range(2):
                 row[2 * j + c] = o[4 * j + 2 * r + c] * factor
         rounded = cute.make_rmem_tensor(2 * column_blocks, dtype)
-        rounded.store(row.load().to(dtype))
+        wgmma.round_to(row, rounded)
         words = cute.recast_tensor(rounded, Int32)
         chunks = []
         for i in range(column_blocks // QUAD):

@@ -18,6 +18,17 @@ def issue(tiled_mma: cute.TiledMma, accumulator: cute.Tensor, a: cute.Tensor, b:
     warpgroup.commit_group()
 
 
+def round_to(source: cute.Tensor, target: cute.Tensor):
+    """Rounds a float32 register vector into one of 16-bit floats, pairwise packed.
+
+    In vectors of 8: the compiler packs powers of two only, and converts a vector of, say, 40 one element at a time.
+    """
+    for start in range(0, cute.size(source), 8):
+        layout = cute.make_layout(8)
+        values = cute.make_tensor(source.iterator + start, layout).load()
+        cute.make_tensor(target.iterator + start, layout).store(values.to(target.element_type))
+
+
 def flat(fragment: cute.Tensor) -> cute.Tensor:
     """A register fragment as a vector: WGMMA's accumulator and 16-bit A fragments share one element order then."""
     return cute.make_tensor(fragment.iterator, cute.make_layout(cute.size(fragment)))
