@@ -1,14 +1,14 @@
 """Attention forward on Hopper (SM90).
 
-One persistent CTA a SM: a producer warpgroup (one warp loads with TMA, one decides what is next) and two or three consumer
-warpgroups that hold 64 query rows each. A consumer issues the scores of one KV tile before the output product of the tile
-before it, so that softmax runs while the tensor cores work, and the consumers take turns issuing, so that one's softmax
-falls into another's products (the ping-pong of FlashAttention-3, Shah et al., 2024).
+One persistent CTA a SM: a producer warpgroup (one warp loads with TMA, one decides what is next) and two or three
+consumer warpgroups that hold 64 query rows each. A consumer issues the scores of one KV tile before the output product
+of the tile before it, so that softmax runs while the tensor cores work, and the consumers take turns issuing, so that
+one's softmax falls into another's products (the ping-pong of FlashAttention-3, Shah et al., 2024).
 See csrc_notes/forward_sm90.md for the pipeline, the barriers and what was measured.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
@@ -71,13 +71,13 @@ class ForwardTensors(NamedTuple):
     k: cute.Tensor
     v: cute.Tensor
     out: cute.Tensor
-    lse: Optional[cute.Tensor]
-    cu_seqlens_q: Optional[cute.Tensor]
-    cu_seqlens_k: Optional[cute.Tensor]
-    seqused_q: Optional[cute.Tensor]
-    seqused_k: Optional[cute.Tensor]
-    sink: Optional[cute.Tensor]
-    semaphore: Optional[cute.Tensor]
+    lse: cute.Tensor | None
+    cu_seqlens_q: cute.Tensor | None
+    cu_seqlens_k: cute.Tensor | None
+    seqused_q: cute.Tensor | None
+    seqused_k: cute.Tensor | None
+    sink: cute.Tensor | None
+    semaphore: cute.Tensor | None
 
 
 class ForwardScalars(NamedTuple):
@@ -281,9 +281,7 @@ class ForwardSm90:
             MbarrierRing(barriers(tile.q_stages), tile.q_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
-            TileMailbox(
-                slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers=self.consumer_warps + 1
-            ),
+            TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers=self.consumer_warps + 1),
         )
 
     @cute.jit
@@ -339,7 +337,8 @@ class ForwardSm90:
         tile = self.spec.tile
         thread = cute.arch.thread_idx()[0] - WARPGROUP
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        # Slices of a whole warpgroup (of its first thread): WGMMA operands are descriptors, the same for all 128 threads.
+        # Slices of a whole warpgroup (of its first thread): WGMMA operands are descriptors, the same for all 128
+        # threads.
         s_slice, o_slice = s_mma.get_slice(index * WARPGROUP), o_mma.get_slice(index * WARPGROUP)
         v_transposed = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
         scale = scalars.softcap if const_expr(self.spec.softcap) else scalars.softmax_scale
@@ -357,9 +356,7 @@ class ForwardSm90:
         )
 
     @cute.jit
-    def compute(
-        self, me: Consumer, rings: Rings, window: Window, tensors: ForwardTensors, scalars: ForwardScalars
-    ):
+    def compute(self, me: Consumer, rings: Rings, window: Window, tensors: ForwardTensors, scalars: ForwardScalars):
         """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows."""
         spec, tile = self.spec, self.spec.tile
         o = wgmma.flat(me.o)
@@ -418,7 +415,7 @@ class ForwardSm90:
     def _step(
         self, me: Consumer, rings: Rings, q: cute.Tensor, position, scalars: ForwardScalars, limits, kv_tile: Int32
     ):
-        """Scores of this KV tile, and meanwhile the output product of the tile before it (`position` counts that one)."""
+        """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`."""
         following = position.next()
         s = self._score_registers(me)
         rings.k.wait_full(following)

@@ -57,7 +57,8 @@ def flash_attn_varlen_func(
     q: (total_q, H, D) with cu_seqlens_q, else (B, Sq, H, D); bf16 or fp16 (on the CPU also fp32, fp64).
     k, v: (total_k, Hk, D or Dv) with cu_seqlens_k, (pages, page_size, Hk, D or Dv) with page_table, else
         (B, Sk, Hk, D or Dv). H must be a multiple of Hk. The last dimension is contiguous, other strides are free.
-    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device, offsets of the sequences. Rows of q past the last are padding.
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device, offsets of the sequences. Rows of q past the last are
+    padding.
     max_seqlen_q, max_seqlen_k: bounds on the lengths, hints only.
     seqused_q, seqused_k: (B,) int32, how much of each sequence is used.
     page_table: (B, W) int32.
@@ -74,12 +75,41 @@ def flash_attn_varlen_func(
     out: where to write, as q with Dv.
     backend: "auto", "cute" (the CuTe kernels) or "reference" (plain PyTorch in fp64, any device, differentiable).
 
-    A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one and
-    the row is a query). Returns out, or (out, lse). See DESIGN sections 3 and 5 for what is promised about bits.
+    A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one
+    and the row is a query). Returns out, or (out, lse). See DESIGN sections 3 and 5 for what is promised about bits.
 
     Raises ValueError or TypeError for wrong arguments, each naming the argument; NotImplementedError for a combination
     that the chosen backend does not have. Nothing is compiled or launched before that.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_call(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            learnable_sink=learnable_sink,
+            key_mask=key_mask,
+            key_bias=key_bias,
+            num_splits=num_splits,
+            seqlen_k_per_split=seqlen_k_per_split,
+            pack_gqa=pack_gqa,
+            deterministic=deterministic,
+            scheduler=scheduler,
+            scheduler_metadata=scheduler_metadata,
+            return_lse=return_lse,
+            out=out,
+            backend=backend,
+        )
     tensors = AttentionTensors(
         q,
         k,
@@ -115,6 +145,12 @@ def flash_attn_varlen_func(
     return (out, lse) if return_lse else out
 
 
+def _compiled_call(**arguments) -> Tensor | tuple[Tensor, Tensor]:
+    from flash_attn_cute import custom_op
+
+    return custom_op.call(arguments)
+
+
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a batch of equal lengths: q (B, Sq, H, D), k and v (B, Sk, Hk, D or Dv).
 
@@ -129,9 +165,7 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tupl
 _RAGGED_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
-def supports(
-    q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend: str = "auto", **options
-) -> Support:
+def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend: str = "auto", **options) -> Support:
     """Whether `flash_attn_varlen_func` with these arguments runs, without compiling or launching anything.
 
     The tensors may be on the meta device. device: a device, a device string, or a compute capability such as (9, 0) to
@@ -147,7 +181,7 @@ def supports(
 
 
 def precompile(config: dict) -> None:
-    """Compiles one kernel into the cache. `config`: the fields of launch_sm90.KernelKey that differ from a plain call."""
+    """Compiles one kernel into the cache. `config` names what differs from a plain packed call; see `plain` below."""
     plain = dict(
         qheads_per_kvhead=1,
         pack_gqa=False,
@@ -229,8 +263,6 @@ def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[
         raise NotImplementedError(
             "backend='cute' has no backward: call it under torch.no_grad(), or use backend='reference' for gradients"
         )
-    if torch.compiler.is_compiling():
-        return _through_custom_op(tensors, problem)
     return launch_sm90.run(tensors, problem)
 
 

@@ -93,7 +93,7 @@ def plan(problem: Problem, num_sms: int) -> Plan:
     rows = packed_rows(group, tile.tile_m) if packed else 1
     heads = p.num_heads_kv if packed else p.num_heads
     if p.q_packed:
-        num_tiles = (p.total_q * rows // tile.tile_m + p.batch_size + 1) * heads
+        num_tiles = (p.total_q * rows // tile.tile_m + p.batch_size + 2) * heads
     else:
         num_tiles = -(-p.seqlen_q * rows // tile.tile_m) * heads * p.batch_size
     one_length = not (p.q_packed or p.k_packed or p.has_seqused_q or p.has_seqused_k)
@@ -189,7 +189,7 @@ def _semaphore(device: torch.device) -> Tensor:
 
 
 def _for_tma(x: Tensor) -> Tensor:
-    """x itself, or a contiguous copy where the copy engine cannot address it (16-byte steps, no broadcast dimension)."""
+    """x itself, or a contiguous copy where TMA cannot address it (steps of 16 bytes, no broadcast dimension)."""
     unit = TMA_ALIGNMENT // 2
     strides = x.stride()
     if x.data_ptr() % TMA_ALIGNMENT == 0 and not any(s % unit or s == 0 for s in strides[:-1]):
@@ -209,7 +209,7 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
     function = cache.get(launch.key, functools.partial(compile_kernel, launch.key))
     q, k, v = _for_tma(t.q), t.k, t.v
     if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent
-        k, v = ([x.new_empty([max(n, 1) for n in x.shape]) for x in (k, v)])
+        k, v = [x.new_empty([max(n, 1) for n in x.shape]) for x in (k, v)]
     k, v = _for_tma(k), _for_tma(v)
     target = out if _for_tma(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     sink = t.learnable_sink

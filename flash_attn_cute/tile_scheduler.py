@@ -1,13 +1,13 @@
 """Tile schedulers: which query tile a CTA works on next.
 
-A launch's tiles are numbered 0 .. num_tiles - 1. `TileOrder` turns a number into a tile (it is the only place that knows
-about sequences, heads and the order of query tiles), `TileScheduler` says which number comes next, and a warp of its own
-runs both ahead of the others and broadcasts what it found through shared memory (`TileMailbox`), so that neither a search
-through cu_seqlens nor an atomic's latency is ever on the path of a warp that computes.
+A launch's tiles are numbered 0 .. num_tiles - 1. `TileOrder` turns a number into a tile (it is the only place that
+knows about sequences, heads and the order of query tiles), `TileScheduler` says which number comes next, and a warp of
+its own runs both ahead of the others and broadcasts what it found through shared memory (`TileMailbox`), so that
+neither a search through cu_seqlens nor an atomic's latency is ever on the path of a warp that computes.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -40,13 +40,13 @@ class WorkTile(NamedTuple):
 class TileOrder:
     """How tile numbers map to tiles.
 
-    Packed sequences need no table: sequence b gets the numbers from cu_seqlens[b] * rows_per_token // tile_m + b on (times
-    the heads), which leaves room for its tiles wherever it starts and is monotone in b, so that a warp finds b by a search
-    that is 32 wide. At most one number a sequence and head stands for no tile.
+    Packed sequences need no table: sequence b gets the numbers from cu_seqlens[b] * rows_per_token // tile_m + b on
+    (times the heads), which leaves room for its tiles wherever it starts and is monotone in b, so that a warp finds b
+    by a search that is 32 wide. At most one number a sequence and head stands for no tile.
 
-    Heads are walked in sections. Within a section the first query tile of every head comes first, then the second, or from
-    the last backwards (`longest_first`), which keeps the tail of a causal launch short. A section is kept small enough
-    that the tiles in flight share their heads' keys through L2.
+    Heads are walked in sections. Within a section the first query tile of every head comes first, then the second, or
+    from the last backwards (`longest_first`), which keeps the tail of a causal launch short. A section is kept small
+    enough that the tiles in flight share their heads' keys through L2.
     """
 
     seqlens: SeqlenSource
@@ -75,23 +75,25 @@ class TileOrder:
             seqlens = self.seqlens.of(batch)
         return WorkTile(m_block, head, batch, Int32(0), Int32(1)), seqlens
 
+    @cute.jit
     def _first_number(self, batch: Int32) -> Int32:
-        start = self.seqlens.tensors.cu_seqlens_q[batch]
-        return (start * self.rows_per_token // self.tile_m + batch) * self.num_heads
+        """Of sequence `batch`, or of the padding before the first (-1) or behind the last (batch_size)."""
+        start = Int32(0)
+        if batch >= 0:
+            start = self.seqlens.tensors.cu_seqlens_q[batch]
+        return (start * self.rows_per_token // self.tile_m + batch + 1) * self.num_heads
 
     @cute.jit
     def _find_sequence(self, number: Int32):
-        """The last b with _first_number(b) <= number, among the sequences and the padding behind them."""
+        """(batch, number within it) where batch is the last with _first_number(batch) <= number."""
         lane = cute.arch.lane_idx()
-        low, span = Int32(0), self.seqlens.batch_size + 1
+        low, span = Int32(-1), self.seqlens.batch_size + 2
         while span > 1:
             step = (span + WARP - 1) // WARP
-            probe = low + lane * step
             is_before = Boolean(False)
             if lane * step < span:
-                is_before = self._first_number(probe) <= number
-            before = cute.arch.popc(cute.arch.vote_ballot_sync(is_before))
-            taken = (before - 1) * step
+                is_before = self._first_number(low + lane * step) <= number
+            taken = (cute.arch.popc(cute.arch.vote_ballot_sync(is_before)) - 1) * step
             low = low + taken
             span = cutlass.min(span - taken, step)
         return low, number - self._first_number(low)
@@ -117,12 +119,12 @@ class TileOrder:
 class TileScheduler:
     """Which tile number a CTA takes next.
 
-    Without a semaphore: number + gridDim (static persistent; with a CTA a tile, the single-tile scheduler). With one: the
-    next number that no CTA has taken. `semaphore` is two int32, zero before and after every launch: numbers handed out,
-    and CTAs that are done; the last CTA resets both.
+    Without a semaphore: number + gridDim (static persistent; with a CTA a tile, the single-tile scheduler). With one:
+    the next number that no CTA has taken. `semaphore` is two int32, zero before and after every launch: numbers handed
+    out, and CTAs that are done; the last CTA resets both.
     """
 
-    semaphore: Optional[cute.Tensor]
+    semaphore: cute.Tensor | None
 
     @cute.jit
     def next(self, number: Int32) -> Int32:

@@ -1,11 +1,11 @@
 """Tile shapes and pipeline depths, each with its reason.
 
-The number of keys in a KV tile is one constant a (architecture, head_dim, head_dim_v): nothing about a batch, a mask or a
-launch may change it, because it decides which keys meet in one partial sum (batch invariance). Rows of a query tile
+The number of keys in a KV tile is one constant a (architecture, head_dim, head_dim_v): nothing about a batch, a mask or
+a launch may change it, because it decides which keys meet in one partial sum (batch invariance). Rows of a query tile
 never meet, so tile_m is free.
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 SM90_SMEM_BYTES = 227 * 1024
 
@@ -50,8 +50,8 @@ _SM90_TILES = {
 }
 
 
-def sm90_tile(head_dim: int, head_dim_v: int) -> Optional[Sm90Tile]:
-    """The tile for a pair of head dimensions (rounded up to the next that has one), or None where there is no kernel."""
+def sm90_tile(head_dim: int, head_dim_v: int) -> Sm90Tile | None:
+    """The tile for head dimensions, rounded up to the next pair that has one, or None where there is no kernel."""
     if head_dim == head_dim_v:
         for padded in (64, 96, 128, 192, 256):
             if head_dim <= padded:
@@ -61,15 +61,16 @@ def sm90_tile(head_dim: int, head_dim_v: int) -> Optional[Sm90Tile]:
 
 def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:
     """Rows of a query tile that one token takes when its query heads are packed: the least divisor of tile_m that holds
-    them, so that a tile holds whole tokens and one TMA box loads it; rows past the real heads are computed and dropped."""
+    them, so that a tile holds whole tokens and one TMA box loads it; rows past the real heads are computed and
+    dropped."""
     return next((d for d in range(qheads_per_kvhead, tile_m + 1) if tile_m % d == 0), 0)
 
 
 def sm90_section(num_sms: int) -> tuple[int, int]:
     """(least heads, most tiles) of a section of the longest-first order: see tile_scheduler.TileOrder.
 
-    About 8 query tiles in flight share each head's keys, so memory is read at an eighth of the rate at which L2 is; short
-    sequences take as many heads as give every SM a few tiles, so that the shortest come last.
+    About 8 query tiles in flight share each head's keys, so memory is read at an eighth of the rate at which L2 is;
+    short sequences take as many heads as give every SM a few tiles, so that the shortest come last.
     """
     return max(num_sms // 8, 1), 4 * num_sms
 
@@ -77,8 +78,8 @@ def sm90_section(num_sms: int) -> tuple[int, int]:
 def sm90_packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:
     """Whether to pack the query heads of a KV head into the query tile, where the caller leaves it open.
 
-    Packing fills tiles of short sequences, and reads keys once for the whole group; rows that pad a group to a divisor of
-    the tile are wasted. Neither changes any output bit.
+    Packing fills tiles of short sequences, and reads keys once for the whole group; rows that pad a group to a divisor
+    of the tile are wasted. Neither changes any output bit.
     """
     rows = packed_rows(qheads_per_kvhead, tile_m)
     if rows == 0 or qheads_per_kvhead == 1:

@@ -4,7 +4,7 @@ Tiles are numbered from absolute key 0 of the sequence, whatever is visible, so 
 depend on the rest of the batch (batch invariance).
 """
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,8 +16,8 @@ from flash_attn_cute.device.seqlens import Seqlens
 class Window(NamedTuple):
     """How far row i of a sequence sees around key i + len_k - len_q; None is unbounded on that side."""
 
-    left: Optional[Int32]
-    right: Optional[Int32]
+    left: Int32 | None
+    right: Int32 | None
 
 
 class KvRange(NamedTuple):

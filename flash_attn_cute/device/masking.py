@@ -1,6 +1,6 @@
 """Masking of a score tile held in WGMMA accumulator registers."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -13,7 +13,7 @@ from flash_attn_cute.device.seqlens import Seqlens
 class RowLimits(NamedTuple):
     """Keys [first, end) that one row sees, counted from this thread's first column of KV tile 0."""
 
-    first: Optional[Int32]
+    first: Int32 | None
     end: Int32
 
     @staticmethod
@@ -30,7 +30,7 @@ class RowLimits(NamedTuple):
 
 @cute.jit
 def mask_scores(scores: cute.Tensor, rows: tuple, kv_tile: Int32, tile_n: int):
-    """Sets to -inf what the rows do not see. `scores` is flat: element 4j + 2r + c is row r, column 8j + c of the thread."""
+    """Sets to -inf what the rows do not see. `scores` is flat: element 4j + 2r + c is row r, column 8j + c."""
     for r in cutlass.range_constexpr(2):
         limits = rows[r]
         end = limits.end - kv_tile * tile_n

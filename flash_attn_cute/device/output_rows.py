@@ -1,8 +1,8 @@
 """Writing a query tile's output from WGMMA accumulator registers, row by row.
 
-Each row is addressed on its own and written only where it belongs to the sequence, so any strides, packed query heads and
-sequences at any offset are one path, and nothing outside a sequence can be touched. A quad of threads holds a row; an
-exchange within the quad turns its 4-byte pieces into 16-byte ones, so a warp's store fills whole 32-byte sectors.
+Each row is addressed on its own and written only where it belongs to the sequence, so any strides, packed query heads
+and sequences at any offset are one path, and nothing outside a sequence can be touched. A quad of threads holds a row;
+an exchange within the quad turns its 4-byte pieces into 16-byte ones, so a warp's store fills whole 32-byte sectors.
 """
 
 from dataclasses import dataclass

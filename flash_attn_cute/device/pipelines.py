@@ -1,8 +1,8 @@
 """Rings of shared-memory stages guarded by a full and an empty mbarrier each.
 
-A producer waits until a stage is empty, fills it, and the filling (its bytes, or an arrival) completes `full`; consumers
-wait for `full`, read, and arrive on `empty`. Whether a stage is in its even or odd use follows from one running count, so
-a ring position is a single register.
+A producer waits until a stage is empty, fills it, and the filling (its bytes, or an arrival) completes `full`;
+consumers wait for `full`, read, and arrive on `empty`. Whether a stage is in its even or odd use follows from one
+running count, so a ring position is a single register.
 """
 
 from dataclasses import dataclass

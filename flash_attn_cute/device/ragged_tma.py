@@ -1,10 +1,11 @@
 """TMA views of q, k and v that stop at a sequence's own end.
 
-A tensor map knows the bounds of the whole tensor, not of one packed sequence. The ragged view gives it those as well: the
-base moves back by the whole extent R of the rows, and an extra mode with the stride of a row moves it forward again. Row i
-of a sequence of length n that starts at s has the coordinates (R - n + i, s + n): the same address, while rows at or past n
-are out of bounds of the first mode, so the copy engine fills zeros and fetches nothing. (The trick is Triton's "ragged TMA";
-quack uses it for stores.) No neighbour's rows, NaN among them, ever arrive, and short sequences move only their own bytes.
+A tensor map knows the bounds of the whole tensor, not of one packed sequence. The ragged view gives it those as well:
+the base moves back by the whole extent R of the rows, and an extra mode with the stride of a row moves it forward
+again. Row i of a sequence of length n that starts at s has the coordinates (R - n + i, s + n): the same address, while
+rows at or past n are out of bounds of the first mode, so the copy engine fills zeros and fetches nothing. (The trick is
+Triton's "ragged TMA"; quack uses it for stores.) No neighbour's rows, NaN among them, ever arrive, and short sequences
+move only their own bytes.
 """
 
 import cutlass.cute as cute
@@ -41,9 +42,7 @@ def key_view(x: cute.Tensor, packed: bool, ragged: bool) -> cute.Tensor:
         return view
     rows = view.shape[0]
     start = cute.domain_offset((-rows, *([0] * (len(order) - 1))), view).iterator
-    return cute.make_tensor(
-        start, cute.make_layout((*view.shape, rows + 1), stride=(*view.stride, view.stride[0]))
-    )
+    return cute.make_tensor(start, cute.make_layout((*view.shape, rows + 1), stride=(*view.stride, view.stride[0])))
 
 
 def query_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, first_token: Int32, ragged: bool):

@@ -7,7 +7,6 @@ row's rescaling depends on that row alone: both are what batch invariance needs.
 
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -85,8 +84,8 @@ class OnlineSoftmax:
                     accumulator[4 * j + 2 * r + c] = accumulator[4 * j + 2 * r + c] * self.row_scale[r]
 
     @cute.jit
-    def finish(self, row: int, sink: Optional[Float32]):
-        """(factor for the output row, natural-log-sum-exp) of a row; (0, -inf) where nothing was visible and no sink is.
+    def finish(self, row: int, sink: Float32 | None):
+        """(factor for the output row, log-sum-exp) of a row; (0, -inf) where nothing was visible and there is no sink.
 
         A sink is a logit, in natural units, that joins the sum and has no value.
         """

@@ -6,8 +6,10 @@ from cutlass.cute.nvgpu import warpgroup
 
 
 @cute.jit
-def issue(tiled_mma: cute.TiledMma, accumulator: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate: cutlass.Constexpr):
-    """Issues accumulator (+)= a @ b and commits it as one group; the caller waits. a, b: (atom, m or n, k) fragments."""
+def issue(
+    tiled_mma: cute.TiledMma, accumulator: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate: cutlass.Constexpr
+):
+    """Issues accumulator (+)= a @ b as one committed group; the caller waits. a, b: (atom, m or n, k) fragments."""
     warpgroup.fence()
     # An atom of its own: setting ACCUMULATE on a shared one would leak into other control-flow branches.
     atom = cute.make_mma_atom(tiled_mma.op)
