@@ -88,7 +88,10 @@ class OutputRows:
 
     @staticmethod
     def _chunks(o: cute.Tensor, r: int, factor: Float32, dtype, lane: Int32):
-        """Row r in the output type: chunk i holds columns 8 * (4i + lane) .. + 8 after the exchange within the quad."""
+        """Row r in the output type: chunk i holds columns 8 * (4i + lane) .. + 8 after the exchange within the quad.
+
+        A factor of 0 selects zeros: what the row of a padding query accumulated may be NaN.
+        """
         column_blocks = cute.size(o) // 4
         row = cute.make_rmem_tensor(2 * column_blocks, Float32)
         for j in range(column_blocks):
@@ -102,7 +105,7 @@ class OutputRows:
             chunk = cute.make_rmem_tensor(QUAD, Int32)
             transposed = _transpose_in_quad([words[QUAD * i + j] for j in range(QUAD)], lane)
             for j in range(QUAD):
-                chunk[j] = transposed[j]
+                chunk[j] = _select(factor == 0.0, Int32(0), transposed[j])
             chunks.append(cute.recast_tensor(chunk, dtype))
         return chunks
 

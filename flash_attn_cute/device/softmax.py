@@ -2,7 +2,8 @@
 
 The running maximum and sum of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), as used by
 FlashAttention (Dao et al., 2022). Every tile, masked or not, goes through the same operations in the same order, and a
-row's rescaling depends on that row alone: both are what batch invariance needs.
+row's rescaling depends on that row alone: both are what batch invariance needs. So is that every product which feeds a
+sum is an explicit fma: left to the compiler, the masked and the unmasked copy of the loop fuse differently.
 """
 
 import math
@@ -23,10 +24,14 @@ def exp2(x: Float32) -> Float32:
     return cute.math.exp2(x, fastmath=True)
 
 
+def fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    return cute.math.fma(a, b, c)
+
+
 @cute.jit
 def tanh(x: Float32) -> Float32:
     """1 - 2 / (e^2x + 1): within 1e-6 absolute, where tanh.approx has 5e-4, far too much under a soft cap of 50."""
-    return 1.0 - 2.0 * cute.arch.rcp_approx(exp2(x * (2.0 * LOG2_E)) + 1.0)
+    return fma(Float32(-2.0), cute.arch.rcp_approx(exp2(x * (2.0 * LOG2_E)) + 1.0), Float32(1.0))
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,15 @@ class OnlineSoftmax:
             self.row_max[r] = row_max
             # Where nothing has been visible yet the maximum is -inf; any finite number gives exp2(-inf) = 0 there.
             finite_max = 0.0 if row_max == -Float32.inf else row_max
-            offset = finite_max * self.scale_log2
-            self.row_scale[r] = exp2(previous * self.scale_log2 - offset)
-            sums = [self.row_sum[r] * self.row_scale[r]] + [None] * (CHAINS - 1)
+            offset = -finite_max * self.scale_log2
+            self.row_scale[r] = exp2(fma(previous, self.scale_log2, offset))
+            sums = [None] * CHAINS
             for i in cutlass.range_constexpr(columns):
-                p = exp2(self._score(scores, r, i) * self.scale_log2 - offset)
+                p = exp2(fma(self._score(scores, r, i), self.scale_log2, offset))
                 scores[4 * (i // 2) + 2 * r + i % 2] = p
                 sums[i % CHAINS] = p if const_expr(sums[i % CHAINS] is None) else sums[i % CHAINS] + p
-            self.row_sum[r] = (sums[0] + sums[1]) + (sums[2] + sums[3])
+            tile_sum = (sums[0] + sums[1]) + (sums[2] + sums[3])
+            self.row_sum[r] = fma(self.row_sum[r], self.row_scale[r], tile_sum)
 
     @staticmethod
     def _score(scores: cute.Tensor, row: int, i: int) -> Float32:
@@ -85,7 +91,7 @@ class OnlineSoftmax:
 
     @cute.jit
     def finish(self, row: int, sink: Float32 | None):
-        """(factor for the output row, log-sum-exp) of a row; (0, -inf) where nothing was visible and there is no sink.
+        """(factor for the output row, log-sum-exp) of a row. Where nothing was visible: 0, and -inf or the sink.
 
         A sink is a logit, in natural units, that joins the sum and has no value.
         """
@@ -93,16 +99,11 @@ class OnlineSoftmax:
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=1)
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=2)
         nothing = self.row_max[row] == -Float32.inf
-        log2_max = self.row_max[row] * self.scale_log2
+        row_max = 0.0 if nothing else self.row_max[row]
+        lse_of_nothing = -Float32.inf
         if const_expr(sink is not None):
-            log2_sink = sink * LOG2_E
-            log2_max = log2_sink if nothing else log2_max
-            row_sum = row_sum + exp2(log2_sink - log2_max)
-        else:
-            log2_max = 0.0 if nothing else log2_max
-        lse = (log2_max + cute.math.log2(row_sum, fastmath=True)) * LN2
-        factor = cute.arch.rcp_approx(row_sum)
-        if const_expr(sink is None):
-            lse = -Float32.inf if nothing else lse
-            factor = 0.0 if nothing else factor
-        return factor, lse
+            row_sum = row_sum + exp2(fma(-row_max, self.scale_log2, sink * LOG2_E))
+            lse_of_nothing = sink
+        lse = fma(row_max, self.scale_log2, cute.math.log2(row_sum, fastmath=True)) * LN2
+        factor = 0.0 if nothing else cute.arch.rcp_approx(row_sum)
+        return factor, lse_of_nothing if nothing else lse
