@@ -87,6 +87,7 @@ class ForwardScalars(NamedTuple):
     softcap: Float32  # read where the kernel was compiled with one
     window_left: Int32
     window_right: Int32
+    seqlen_k: Int32  # of batched k, which may be 0 where a tensor map's extent may not
     num_tiles: Int32
     grid: Int32
     section_heads: Int32
@@ -166,7 +167,7 @@ class ForwardSm90:
             SeqlenTensors(tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k),
             cute.size(tensors.cu_seqlens_q) - 1 if packed_q else cute.size(tensors.q, mode=[0]),
             cute.size(tensors.q, mode=[0 if packed_q else 1]),
-            cute.size(tensors.k, mode=[0 if const_expr(tensors.cu_seqlens_k is not None) else 1]),
+            scalars.seqlen_k,
         )
         self.kernel(q, k, v, tensors, scalars, source, s_mma, o_mma).launch(
             grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1

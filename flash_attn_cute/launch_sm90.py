@@ -67,6 +67,30 @@ class KernelKey(NamedTuple):
     lse: bool
     dynamic: bool
 
+    @classmethod
+    def of(cls, p: Problem, packed: bool, dynamic: bool) -> KernelKey:
+        """The key for a problem and what the plan decided; no length, window size, scale or head count is in it."""
+        return cls(
+            ARCHITECTURE,
+            "forward",
+            _DTYPE_NAMES[p.dtype],
+            p.head_dim,
+            p.head_dim_v,
+            p.qheads_per_kvhead,
+            packed,
+            p.causal,
+            p.window_left is not None,
+            p.window_right is not None and not p.causal,
+            p.softcap > 0.0,
+            p.q_packed,
+            p.k_packed,
+            p.has_seqused_q,
+            p.has_seqused_k,
+            _DTYPE_NAMES.get(p.sink_dtype),
+            p.return_lse,
+            dynamic,
+        )
+
 
 class Plan(NamedTuple):
     key: KernelKey
@@ -101,28 +125,8 @@ def plan(problem: Problem, num_sms: int) -> Plan:
     scheduler = p.scheduler
     if scheduler == "auto":
         scheduler = "dynamic" if uneven and num_tiles > num_sms else "static"
-    bounded_right = p.window_right is not None
-    section_heads, section_tiles = sm90_section(num_sms) if bounded_right else (1, 0)
-    key = KernelKey(
-        ARCHITECTURE,
-        "forward",
-        _DTYPE_NAMES[p.dtype],
-        p.head_dim,
-        p.head_dim_v,
-        group,
-        packed,
-        p.causal,
-        p.window_left is not None,
-        bounded_right and not p.causal,
-        p.softcap > 0.0,
-        p.q_packed,
-        p.k_packed,
-        p.has_seqused_q,
-        p.has_seqused_k,
-        _DTYPE_NAMES.get(p.sink_dtype),
-        p.return_lse,
-        scheduler == "dynamic",
-    )
+    section_heads, section_tiles = sm90_section(num_sms) if p.window_right is not None else (1, 0)
+    key = KernelKey.of(p, packed=packed, dynamic=scheduler == "dynamic")
     grid = num_tiles if scheduler == "single_tile" else min(num_tiles, num_sms)
     return Plan(key, num_tiles, grid, section_heads, section_tiles)
 
@@ -165,7 +169,7 @@ def compile_kernel(key: KernelKey) -> Any:
     spec = ForwardSpec(
         dtype, tile, key.qheads_per_kvhead, rows, key.causal, key.window_left, key.window_right, key.softcap
     )
-    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(6)))
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(7)))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options="--enable-tvm-ffi")
 
@@ -232,6 +236,7 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
             p.softcap,
             min(p.window_left or 0, UNBOUNDED),
             min(p.window_right or 0, UNBOUNDED),
+            p.seqlen_k or 0,
             launch.num_tiles,
             launch.grid,
             launch.section_heads,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -252,43 +251,6 @@ class Problem:
         """The least bound on the key length of any sequence that is known without reading device memory."""
         bound = self.total_k if self.k_packed else self.seqlen_k
         return bound if self.max_seqlen_k is None else min(bound, self.max_seqlen_k)
-
-    @cached_property
-    def compile_key(self) -> tuple:
-        """What changes generated code, and nothing else: no lengths, sizes of windows, scales or head counts.
-
-        What a plan resolves (tile shape, `pack_gqa`, scheduler) is not here: those belong to the plan's own key, so
-        that "auto" and its resolution share one kernel.
-        """
-        return (
-            self.dtype,
-            self.qheads_per_kvhead,
-            self.head_dim,
-            self.head_dim_v,
-            self.q_packed,
-            self.k_packed,
-            self.has_seqused_q,
-            self.has_seqused_k,
-            self.page_size,
-            self.causal,
-            self.window_left is not None,
-            self.window_right is not None,
-            self.softcap > 0.0,
-            self.sink_dtype,
-            self._key_side_kind(self.key_mask_heads),
-            self._key_side_kind(self.key_bias_heads),
-            self.key_bias_dtype,
-            self.num_splits != 1 or self.seqlen_k_per_split is not None,
-            self.return_lse,
-        )
-
-    def _key_side_kind(self, heads: int | None) -> str | None:
-        """How a key-side tensor of `heads` heads maps to heads: shared by all, one a KV head, or one a query head."""
-        if heads is None:
-            return None
-        if heads == 1:
-            return "shared"
-        return "kv_head" if heads == self.num_heads_kv else "query_head"
 
 
 def _fail(name: str, got: str, takes: str, kind: type[Exception] = ValueError) -> NoReturn:

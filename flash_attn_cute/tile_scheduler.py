@@ -151,7 +151,8 @@ class TileScheduler:
 
 
 MAILBOX_STAGES = 1  # a tile that waits here is lost to idle CTAs
-MAILBOX_WORDS = 12  # ten int32 a slot, kept a multiple of 16 bytes
+NUM_WORDS = 10  # WorkTile and Seqlens
+MAILBOX_WORDS = 12  # a slot, kept a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -167,18 +168,22 @@ class TileMailbox:
 
     @cute.jit
     def send(self, position: RingPosition, tile: WorkTile, seqlens: Seqlens):
-        stage = self.ring.stage(position)
+        stage, full = self.ring.stage(position), self.ring.full_barrier(position)
         if cute.arch.lane_idx() == 0:
             for i, word in enumerate((*tile, *seqlens)):
                 self.slots[i, stage] = word
-        self.ring.publish(position)
+            cute.arch.mbarrier_arrive(full)
 
     @cute.jit
     def receive(self, position: RingPosition):
         self.ring.wait_full(position)
-        stage = self.ring.stage(position)
-        words = [self.slots[i, stage] for i in range(10)]
-        self.ring.release(position)
+        stage, empty = self.ring.stage(position), self.ring.empty_barrier(position)
+        # One lane reads and answers for its warp, so that each access is ordered by a barrier of its own thread.
+        words = [Int32(0)] * NUM_WORDS
+        if cute.arch.lane_idx() == 0:
+            words = [self.slots[i, stage] for i in range(NUM_WORDS)]
+            cute.arch.mbarrier_arrive(empty)
+        words = [cute.arch.shuffle_sync(word, 0) for word in words]
         return WorkTile(*words[:5]), Seqlens(*words[5:])
 
 

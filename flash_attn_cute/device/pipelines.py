@@ -60,6 +60,9 @@ class MbarrierRing:
     def full_barrier(self, position: RingPosition) -> cute.Pointer:
         return self.full + self.stage(position)
 
+    def empty_barrier(self, position: RingPosition) -> cute.Pointer:
+        return self.empty + self.stage(position)
+
     def wait_full(self, position: RingPosition):
         cute.arch.mbarrier_wait(self.full + self.stage(position), self._parity(position))
 
@@ -75,15 +78,8 @@ class MbarrierRing:
             cute.arch.mbarrier_arrive_and_expect_tx(self.full_barrier(position), num_bytes)
 
     @cute.jit
-    def publish(self, position: RingPosition):
-        """Whole warp: the stage was written by ordinary stores; one arrival, after all lanes' stores."""
-        cute.arch.sync_warp()
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.full_barrier(position))
-
-    @cute.jit
     def release(self, position: RingPosition):
         """Whole warp: one arrival that says this warp has read the stage."""
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.empty + self.stage(position))
+            cute.arch.mbarrier_arrive(self.empty_barrier(position))

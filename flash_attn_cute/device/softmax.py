@@ -68,7 +68,9 @@ class OnlineSoftmax:
             # Where nothing has been visible yet the maximum is -inf; any finite number gives exp2(-inf) = 0 there.
             finite_max = 0.0 if row_max == -Float32.inf else row_max
             offset = -finite_max * self.scale_log2
-            self.row_scale[r] = exp2(fma(previous, self.scale_log2, offset))
+            # The difference first: where the maximum stays, the factor is 1 exactly, and a tile that a row does not see
+            # changes none of its bits.
+            self.row_scale[r] = exp2((previous - finite_max) * self.scale_log2)
             sums = [None] * CHAINS
             for i in cutlass.range_constexpr(columns):
                 p = exp2(fma(self._score(scores, r, i), self.scale_log2, offset))
@@ -98,8 +100,9 @@ class OnlineSoftmax:
         row_sum = self.row_sum[row]
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=1)
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=2)
-        nothing = self.row_max[row] == -Float32.inf
-        row_max = 0.0 if nothing else self.row_max[row]
+        # Not told by the maximum, which is -inf too where every score is NaN: those rows have to show it.
+        nothing = row_sum == 0.0
+        row_max = 0.0 if self.row_max[row] == -Float32.inf else self.row_max[row]
         lse_of_nothing = -Float32.inf
         if const_expr(sink is not None):
             row_sum = row_sum + exp2(fma(-row_max, self.scale_log2, sink * LOG2_E))

@@ -1,0 +1,222 @@
+"""Planning and compilation of the Hopper kernel, neither of which needs a GPU."""
+
+import dataclasses
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_attn_cute import launch_sm90, tuning
+from flash_attn_cute.problem import AttentionTensors, Problem
+
+BF16 = torch.bfloat16
+NUM_SMS = 132
+
+
+def packed_problem(lengths=(100, 28), heads=8, kv_heads=2, head_dim=128, head_dim_v=None, **options) -> Problem:
+    total = sum(lengths)
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    q = torch.empty(total, heads, head_dim, dtype=BF16)
+    k = torch.empty(total, kv_heads, head_dim, dtype=BF16)
+    v = torch.empty(total, kv_heads, head_dim_v or head_dim, dtype=BF16)
+    return Problem.from_arguments(AttentionTensors(q, k, v, ends, ends), **options)
+
+
+def batched_problem(batch=2, seqlen=300, heads=4, **options) -> Problem:
+    q, k, v = (torch.empty(batch, seqlen, heads, 128, dtype=BF16) for _ in range(3))
+    return Problem.from_arguments(AttentionTensors(q, k, v), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_key_has_no_values():
+    """One kernel serves every length, batch size, scale, window size and number of KV heads."""
+    options = {"softmax_scale": 0.3, "window_size": (5, 6), "softcap": 3.0, "pack_gqa": True}
+    key = launch_sm90.plan(packed_problem(**options), NUM_SMS).key
+    for name, value in {"softmax_scale": 2.0, "window_size": (50, 7), "softcap": 9.5}.items():
+        assert launch_sm90.plan(packed_problem(**{**options, name: value}), NUM_SMS).key == key, name
+    larger = packed_problem(lengths=(1000,) * 9, heads=16, kv_heads=4, **options)
+    dynamic = launch_sm90.plan(larger, NUM_SMS).key
+    assert dynamic._replace(dynamic=key.dynamic) == key
+
+
+def test_key_tells_generated_code_apart():
+    plain = packed_problem(pack_gqa=False)
+    changed = [
+        {"dtype": torch.float16},
+        {"head_dim": 64},
+        {"head_dim_v": 64},
+        {"num_heads": 16},
+        {"pack_gqa": True},
+        {"causal": True, "window_right": 0},
+        {"window_left": 3},
+        {"window_right": 3},
+        {"softcap": 2.0},
+        {"q_packed": False, "seqlen_q": 100},
+        {"k_packed": False},
+        {"has_seqused_q": True},
+        {"has_seqused_k": True},
+        {"sink_dtype": torch.float32},
+        {"sink_dtype": BF16},
+        {"return_lse": True},
+        {"scheduler": "dynamic"},
+    ]
+    problems = [plain, *(dataclasses.replace(plain, **fields) for fields in changed)]
+    keys = [launch_sm90.KernelKey.of(p, packed=bool(p.pack_gqa), dynamic=p.scheduler == "dynamic") for p in problems]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_numbers_leave_room_for_every_tile_of_a_packed_batch(rows):
+    """The monotone numbering of tile_scheduler.TileOrder gives every sequence its tiles, whatever the lengths."""
+    tile_m = tuning.sm90_tile(128, 128).tile_m
+    generator = torch.Generator().manual_seed(rows)
+    for _ in range(200):
+        lengths = torch.randint(0, 400, (int(torch.randint(1, 40, (), generator=generator)),), generator=generator)
+        starts = [0, 0, *lengths.cumsum(0).tolist()]  # of the padding before, of each sequence, of the padding behind
+        numbers = [start * rows // tile_m + index for index, start in enumerate(starts)]
+        problem = packed_problem(lengths.tolist(), heads=rows, kv_heads=1, pack_gqa=rows > 1)
+        end = launch_sm90.plan(problem, NUM_SMS).num_tiles
+        for first, following, length in zip(numbers[1:], [*numbers[2:], end], [*lengths.tolist(), 0], strict=True):
+            assert following - first >= -(-length * rows // tile_m)
+
+
+def test_scheduler_follows_the_work():
+    assert not launch_sm90.plan(batched_problem(batch=64), NUM_SMS).key.dynamic
+    assert launch_sm90.plan(batched_problem(batch=64, causal=True), NUM_SMS).key.dynamic
+    assert not launch_sm90.plan(batched_problem(batch=1, causal=True), NUM_SMS).key.dynamic  # a tile for each CTA
+    assert not launch_sm90.plan(batched_problem(batch=64, causal=True, scheduler="static"), NUM_SMS).key.dynamic
+    single = launch_sm90.plan(batched_problem(batch=64, scheduler="single_tile"), NUM_SMS)
+    assert single.grid == single.num_tiles == 64 * 4 * 3
+    assert launch_sm90.plan(batched_problem(batch=64), NUM_SMS).grid == NUM_SMS
+
+
+@pytest.mark.parametrize(
+    "group, rows", [(1, 1), (2, 2), (3, 4), (5, 8), (7, 8), (8, 8), (64, 64), (128, 128), (129, 0)]
+)
+def test_packed_rows_divide_the_tile(group, rows):
+    assert tuning.packed_rows(group, 128) == rows
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"num_splits": 2}, "num_splits=2"),
+        ({"seqlen_k_per_split": 256}, "seqlen_k_per_split"),
+        ({"scheduler": "clc"}, "clc"),
+        ({"softmax_scale": -1.0}, "softmax_scale=-1.0"),
+        ({"head_dim": 128, "head_dim_v": 64}, r"\(128, 64\)"),
+        ({"heads": 256, "kv_heads": 1, "pack_gqa": True}, "256 query heads"),
+    ],
+)
+def test_unsupported_names_the_combination(options, reason):
+    import re
+
+    assert re.search(reason, launch_sm90.unsupported(packed_problem(**options)))
+
+
+def test_supported():
+    assert launch_sm90.unsupported(packed_problem(causal=True, softcap=3.0, window_size=(4, 4))) is None
+    assert launch_sm90.unsupported(packed_problem(head_dim=192, head_dim_v=128)) is None
+    assert launch_sm90.unsupported(packed_problem(head_dim=40)) is None
+
+
+@pytest.mark.parametrize("dims", tuning._SM90_TILES, ids=str)
+def test_tiles_fit_shared_memory(dims):
+    barriers_and_mailbox = 1024
+    assert tuning._SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SM90_SMEM_BYTES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAIN = launch_sm90.KernelKey(
+    "sm_90a",
+    "forward",
+    "bf16",
+    128,
+    128,
+    1,
+    False,
+    False,
+    False,
+    False,
+    False,
+    True,
+    True,
+    False,
+    False,
+    None,
+    True,
+    True,
+)
+BATCHED = {"varlen_q": False, "varlen_k": False, "dynamic": False}
+CONFIGURATIONS = {
+    "d128-packed-full": {},
+    "d128-packed-causal-gqa4": {"causal": True, "qheads_per_kvhead": 4, "packed": True},
+    "d128-batched-full": BATCHED,
+    "d128-batched-seqused-window-sink-softcap": {
+        **BATCHED,
+        "seqused_q": True,
+        "seqused_k": True,
+        "window_left": True,
+        "window_right": True,
+        "sink": "bf16",
+        "softcap": True,
+    },
+    "d128-causal-left-fp16-no-lse": {"causal": True, "window_left": True, "dtype": "fp16", "lse": False},
+    "d64-causal": {"head_dim": 64, "head_dim_v": 64, "causal": True},
+    "d40-causal": {"head_dim": 40, "head_dim_v": 40, "causal": True},
+    "d96-causal": {"head_dim": 96, "head_dim_v": 96, "causal": True},
+    "d192-128-causal": {"head_dim": 192, "causal": True},
+    "d192-full": {"head_dim": 192, "head_dim_v": 192},
+    "d256-causal-gqa7": {"head_dim": 256, "head_dim_v": 256, "causal": True, "qheads_per_kvhead": 7, "packed": True},
+    "d256-window": {"head_dim": 256, "head_dim_v": 256, "window_left": True, "window_right": True},
+}
+
+_COMPILE = """
+import sys
+from flash_attn_cute import launch_sm90
+launch_sm90.compile_kernel(launch_sm90.KernelKey(*eval(sys.argv[1])))
+"""
+
+
+def stack_bytes(cubin: bytes) -> list[int]:
+    """Frame sizes that an ELF cubin declares for its functions (EIATTR_FRAME_SIZE of its .nv.info section)."""
+    section_offset, entry_size, entries, names_index = struct.unpack_from("<Q10xHHH", cubin, 40)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, section_offset + i * entry_size) for i in range(entries)]
+    names = headers[names_index][4]
+    sizes = []
+    for name, _, _, _, offset, length in headers:
+        if cubin[names + name :].startswith(b".nv.info\0"):
+            position = offset
+            while position < offset + length:
+                kind, attribute, size = struct.unpack_from("<BBH", cubin, position)
+                if (kind, attribute) == (4, 0x11):
+                    sizes.append(struct.unpack_from("<I", cubin, position + 8)[0])
+                position += 4 + (size if kind == 4 else 0)
+    return sizes
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_compiles_for_sm_90a_without_spills(name, tmp_path):
+    """In a process of its own: the architecture and the dump are read from the environment once."""
+    key = PLAIN._replace(**CONFIGURATIONS[name])
+    environment = os.environ | {
+        "CUTE_DSL_ARCH": "sm_90a",
+        "CUTE_DSL_KEEP_CUBIN": "1",
+        "CUTE_DSL_DUMP_DIR": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    subprocess.run([sys.executable, "-c", _COMPILE, repr(tuple(key))], env=environment, check=True, timeout=300)
+    (cubin,) = tmp_path.glob("*.cubin")
+    frames = stack_bytes(cubin.read_bytes())
+    assert frames and not any(frames)
