@@ -21,9 +21,9 @@ from cutlass.utils import LayoutEnum
 from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
-from flash_attn_cute.device.output_rows import OutputRows
-from flash_attn_cute.device.pipelines import MbarrierRing
-from flash_attn_cute.device.seqlens import SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.output_rows import OutputRows, clear_rows
+from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.device.softmax import LOG2_E, OnlineSoftmax, tanh
 from flash_attn_cute.tile_scheduler import (
     MAILBOX_STAGES,
@@ -31,7 +31,7 @@ from flash_attn_cute.tile_scheduler import (
     TileMailbox,
     TileOrder,
     TileScheduler,
-    schedule,
+    WorkTile,
 )
 from flash_attn_cute.tuning import Sm90Tile
 
@@ -62,6 +62,11 @@ class ForwardSpec:
     @property
     def tokens_per_tile(self) -> int:
         return self.tile.tile_m // self.rows_per_token
+
+
+def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
+    tokens = spec.tokens_per_tile
+    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
 
 
 class ForwardTensors(NamedTuple):
@@ -113,8 +118,9 @@ class Consumer:
     q: cute.Tensor  # fragments (descriptors) over all stages
     k: cute.Tensor
     v: cute.Tensor
-    p: cute.Tensor  # registers
-    o: cute.Tensor  # registers
+    s: cute.Tensor  # registers, as are p and o
+    p: cute.Tensor
+    o: cute.Tensor
     softmax: OnlineSoftmax
 
 
@@ -246,7 +252,7 @@ class ForwardSm90:
             if warp == LOAD_WARP:
                 self.load(q, k, v, sq, sk, sv, rings, window, tensors)
             if warp == SCHEDULE_WARP:
-                schedule(self._order(tensors, scalars, source), TileScheduler(tensors.semaphore), rings.tiles)
+                self.schedule(self._order(tensors, scalars, source), rings.tiles, window, tensors)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)
@@ -286,6 +292,26 @@ class ForwardSm90:
         )
 
     @cute.jit
+    def schedule(self, order: TileOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors):
+        """The scheduling warp: finds this CTA's tiles and sends them on. Those that see no key it settles itself."""
+        scheduler = TileScheduler(tensors.semaphore)
+        position = MbarrierRing.start()
+        number, _, _ = cute.arch.block_idx()
+        while number < order.num_tiles:
+            work, seqlens = order.decode(number)
+            if work.is_work():
+                if kv_range(self.spec, work, seqlens, window).num_tiles() > 0:
+                    mailbox.send(position, work, seqlens)
+                    position = position.next()
+                    # Only now: a number taken early is work that an idle CTA cannot have.
+                    mailbox.wait_sent(position, seqlens)
+                else:
+                    clear_rows(self.spec, work, seqlens, tensors)
+            number = scheduler.next(number)
+        mailbox.send(position, WorkTile.none(), Seqlens.none())
+        scheduler.finish()
+
+    @cute.jit
     def load(
         self,
         q: Operand,
@@ -304,33 +330,32 @@ class ForwardSm90:
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
             first_token = work.m_block * spec.tokens_per_tile
-            kv = KvRange.of_query_tile(seqlens, window, first_token, spec.tokens_per_tile, tile.tile_n)
-            if kv.num_tiles() > 0:
-                head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
-                head_q = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
-                q_rows = ragged_tma.query_rows(
-                    q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.cu_seqlens_q is not None
-                )
-                packed_k = const_expr(tensors.cu_seqlens_k is not None)
-                ragged_k = const_expr(packed_k or tensors.seqused_k is not None)
-                k_rows = ragged_tma.key_rows(k.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
-                v_rows = ragged_tma.key_rows(v.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
-                q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
-                load_q = ragged_tma.tile_loader(q.atom, q_rows, q_box, sq, rings.q)
-                load_k = ragged_tma.tile_loader(k.atom, k_rows, (tile.tile_n, tile.head_dim), sk, rings.k)
-                load_v = ragged_tma.tile_loader(v.atom, v_rows, (tile.tile_n, tile.head_dim_v), sv, rings.v)
+            kv = kv_range(spec, work, seqlens, window)
+            head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
+            head_q = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
+            q_rows = ragged_tma.query_rows(
+                q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.cu_seqlens_q is not None
+            )
+            packed_k = const_expr(tensors.cu_seqlens_k is not None)
+            ragged_k = const_expr(packed_k or tensors.seqused_k is not None)
+            k_rows = ragged_tma.key_rows(k.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
+            v_rows = ragged_tma.key_rows(v.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
+            q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
+            load_q = ragged_tma.tile_loader(q.atom, q_rows, q_box, sq, rings.q)
+            load_k = ragged_tma.tile_loader(k.atom, k_rows, (tile.tile_n, tile.head_dim), sk, rings.k)
+            load_v = ragged_tma.tile_loader(v.atom, v_rows, (tile.tile_n, tile.head_dim_v), sv, rings.v)
 
-                load_q(q_position, 0)
-                q_position = q_position.next()
-                load_k(k_position, kv.end - 1)
+            load_q(q_position, 0)
+            q_position = q_position.next()
+            load_k(k_position, kv.end - 1)
+            k_position = k_position.next()
+            for i in cutlass.range(1, kv.num_tiles(), unroll=1):
+                load_k(k_position, kv.end - 1 - i)
                 k_position = k_position.next()
-                for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-                    load_k(k_position, kv.end - 1 - i)
-                    k_position = k_position.next()
-                    load_v(v_position, kv.end - i)
-                    v_position = v_position.next()
-                load_v(v_position, kv.first)
+                load_v(v_position, kv.end - i)
                 v_position = v_position.next()
+            load_v(v_position, kv.first)
+            v_position = v_position.next()
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
 
@@ -351,6 +376,7 @@ class ForwardSm90:
             s_slice.make_fragment_A(s_slice.partition_A(sq)),
             s_slice.make_fragment_B(s_slice.partition_B(sk)),
             o_slice.make_fragment_B(o_slice.partition_B(v_transposed)),
+            cute.make_rmem_tensor(s_slice.partition_shape_C((tile.tile_m, tile.tile_n)), Float32),
             o_slice.make_fragment_A(o_slice.partition_shape_A((tile.tile_m, tile.tile_n))),
             cute.make_rmem_tensor(o_slice.partition_shape_C((tile.tile_m, tile.head_dim_v)), Float32),
             OnlineSoftmax.create(scale * LOG2_E),
@@ -358,112 +384,142 @@ class ForwardSm90:
 
     @cute.jit
     def compute(self, me: Consumer, rings: Rings, window: Window, tensors: ForwardTensors, scalars: ForwardScalars):
-        """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows."""
-        spec, tile = self.spec, self.spec.tile
-        o = wgmma.flat(me.o)
+        """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows.
+
+        The first scores of the next tile are issued before the output of this one is written, so that the tensor cores
+        work through the epilogue; with sequences of one KV tile that is half of all products.
+        """
         if me.warpgroup == 0:
-            self._give_turn(Int32(tile.consumers - 1))  # to warpgroup 0 itself: it issues first
+            self._give_turn(Int32(self.spec.tile.consumers - 1))  # to warpgroup 0 itself: it issues first
         tile_position = q_position = kv_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
+        if work.is_work():
+            self._wait_first(rings, q_position, kv_position)
+            self._issue_scores(me, rings, q_position, kv_position)
+            warpgroup.wait_group(0)
         while work.is_work():
-            first_token = work.m_block * spec.tokens_per_tile
-            kv = KvRange.of_query_tile(seqlens, window, first_token, spec.tokens_per_tile, tile.tile_n)
-            rows = OutputRows.of_thread(spec, work, me.warpgroup, me.thread)
             me.softmax.reset()
-            o.fill(0.0)
-            if kv.num_tiles() > 0:
-                column = 2 * (me.thread % 4)
-                limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(2))
-                q = me.q[None, None, None, rings.q.stage(q_position)]
-                rings.q.wait_full(q_position)
-                s = self._first_scores(me, rings, q, kv_position)
-                self._modify_scores(s, scalars)
-                mask_scores(s, limits, kv.end - 1, tile.tile_n)
-                me.softmax.update(s)
-                self._store_p(me, s)
-                # Tiles that need a mask come first and, with a left window, last: only they pay for it.
-                masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
-                full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
-                if const_expr(window.right is not None):
-                    for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                        self._step(me, rings, q, kv_position, scalars, limits, kv.end - 2 - i)
-                        kv_position = kv_position.next()
-                for i in cutlass.range(masked_end - full_first, unroll=1):
-                    self._step(me, rings, q, kv_position, scalars, None, masked_end - 1 - i)
-                    kv_position = kv_position.next()
-                if const_expr(window.left is not None):
-                    for i in cutlass.range(full_first - kv.first, unroll=1):
-                        self._step(me, rings, q, kv_position, scalars, limits, full_first - 1 - i)
-                        kv_position = kv_position.next()
-                rings.q.release(q_position)
-                q_position = q_position.next()
-                self._last_output(me, rings, kv_position)
-                kv_position = kv_position.next()
-            rows.write(o, me.softmax, seqlens, tensors)
+            wgmma.flat(me.o).fill(0.0)
+            kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
+            rings.q.release(q_position)
+            if const_expr(self.rescale_late):
+                me.softmax.rescale(wgmma.flat(me.o))
+            self._issue_output(me, rings, kv_position)
+
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+            following, following_seqlens = rings.tiles.receive(tile_position)
+            q_following, k_following = q_position, kv_position
+            if following.is_work():
+                q_following, k_following = q_position.next(), kv_position.next()
+                self._wait_first(rings, q_following, k_following)
+            # Not under that condition: what is in flight has to be the same on every path, or ptxas serialises all
+            # products. At the end it computes the last scores again, from stages that nobody fills any more.
+            self._issue_scores(me, rings, q_following, k_following)
+            warpgroup.wait_group(1)
+            rings.v.release(kv_position)
+            rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
+            rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
+            warpgroup.wait_group(0)
+            work, seqlens = following, following_seqlens
+            q_position, kv_position = q_position.next(), kv_position.next()
 
     @cute.jit
-    def _first_scores(self, me: Consumer, rings: Rings, q: cute.Tensor, position) -> cute.Tensor:
-        s = self._score_registers(me)
-        rings.k.wait_full(position)
-        wgmma.issue(me.s_mma, s, q, me.k[None, None, None, rings.k.stage(position)], False)
-        warpgroup.wait_group(0)
-        rings.k.release(position)
-        return wgmma.flat(s)
+    def _keys(
+        self,
+        me: Consumer,
+        rings: Rings,
+        window: Window,
+        scalars: ForwardScalars,
+        work: WorkTile,
+        seqlens: Seqlens,
+        q_position: RingPosition,
+        kv_position: RingPosition,
+    ):
+        """All KV tiles of a query tile but the last output product, whose place it returns. The first scores are there.
+
+        Tiles that need a mask come first and, with a left window, last: only they pay for it.
+        """
+        kv = kv_range(self.spec, work, seqlens, window)
+        column = 2 * (me.thread % 4)
+        rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
+        limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(2))
+        masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
+        full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
+        rings.k.release(kv_position)
+        self._softmax(me, scalars, limits, kv.end - 1)
+        self._store_p(me)
+        if const_expr(window.right is not None):
+            for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
+                self._step(me, rings, q_position, kv_position, scalars, limits, kv.end - 2 - i)
+                kv_position = kv_position.next()
+        for i in cutlass.range(masked_end - full_first, unroll=1):
+            self._step(me, rings, q_position, kv_position, scalars, None, masked_end - 1 - i)
+            kv_position = kv_position.next()
+        if const_expr(window.left is not None):
+            for i in cutlass.range(full_first - kv.first, unroll=1):
+                self._step(me, rings, q_position, kv_position, scalars, limits, full_first - 1 - i)
+                kv_position = kv_position.next()
+        return kv_position
 
     @cute.jit
     def _step(
-        self, me: Consumer, rings: Rings, q: cute.Tensor, position, scalars: ForwardScalars, limits, kv_tile: Int32
+        self,
+        me: Consumer,
+        rings: Rings,
+        q_position: RingPosition,
+        position: RingPosition,
+        scalars: ForwardScalars,
+        limits,
+        kv_tile: Int32,
     ):
         """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`."""
         following = position.next()
-        s = self._score_registers(me)
         rings.k.wait_full(following)
         self._wait_turn(me.warpgroup)
-        wgmma.issue(me.s_mma, s, q, me.k[None, None, None, rings.k.stage(following)], False)
+        self._issue_scores(me, rings, q_position, following)
         if const_expr(self.rescale_late):
             me.softmax.rescale(wgmma.flat(me.o))
-        rings.v.wait_full(position)
-        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
+        self._issue_output(me, rings, position)
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
         rings.k.release(following)
-        s_flat = wgmma.flat(s)
-        self._modify_scores(s_flat, scalars)
-        if const_expr(limits is not None):
-            mask_scores(s_flat, limits, kv_tile, self.spec.tile.tile_n)
-        me.softmax.update(s_flat)
+        self._softmax(me, scalars, limits, kv_tile)
         warpgroup.wait_group(0)
         rings.v.release(position)
-        self._store_p(me, s_flat)
+        self._store_p(me)
         if const_expr(not self.rescale_late):
             me.softmax.rescale(wgmma.flat(me.o))
 
     @cute.jit
-    def _last_output(self, me: Consumer, rings: Rings, position):
-        if const_expr(self.rescale_late):
-            me.softmax.rescale(wgmma.flat(me.o))
-        rings.v.wait_full(position)
-        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
-        warpgroup.wait_group(0)
-        rings.v.release(position)
-
-    def _score_registers(self, me: Consumer) -> cute.Tensor:
-        tile = self.spec.tile
-        return cute.make_rmem_tensor(me.s_mma.partition_shape_C((tile.tile_m, tile.tile_n)), Float32)
+    def _wait_first(self, rings: Rings, q_position: RingPosition, k_position: RingPosition):
+        rings.q.wait_full(q_position)
+        rings.k.wait_full(k_position)
 
     @cute.jit
-    def _modify_scores(self, s: cute.Tensor, scalars: ForwardScalars):
+    def _issue_scores(self, me: Consumer, rings: Rings, q_position: RingPosition, k_position: RingPosition):
+        q = me.q[None, None, None, rings.q.stage(q_position)]
+        wgmma.issue(me.s_mma, me.s, q, me.k[None, None, None, rings.k.stage(k_position)], False)
+
+    @cute.jit
+    def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition):
+        rings.v.wait_full(position)
+        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
+
+    @cute.jit
+    def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, kv_tile: Int32):
+        """Turns the scores into probabilities, in place."""
+        s = wgmma.flat(me.s)
         if const_expr(self.spec.softcap):
             factor = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(cute.size(s)):
                 s[i] = tanh(s[i] * factor)
+        if const_expr(limits is not None):
+            mask_scores(s, limits, kv_tile, self.spec.tile.tile_n)
+        me.softmax.update(s)
 
-    @cute.jit
-    def _store_p(self, me: Consumer, s: cute.Tensor):
+    def _store_p(self, me: Consumer):
         """Rounds the probabilities to the input type, into the registers from which the output product reads them."""
-        wgmma.round_to(s, wgmma.flat(me.p))
+        wgmma.round_to(wgmma.flat(me.s), wgmma.flat(me.p))
 
     # Turns: a warpgroup issues its products when it has the turn, then hands it to the next. It keeps the order of the
     # warpgroups fixed, so that they do not drift into doing their softmaxes all at the same time.

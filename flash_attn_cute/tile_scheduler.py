@@ -150,7 +150,9 @@ class TileScheduler:
                     self.semaphore[1] = Int32(0)
 
 
-MAILBOX_STAGES = 1  # a tile that waits here is lost to idle CTAs
+MAILBOX_STAGES = 2
+# A tile of this many keys takes longer than finding the next one and loading its first operands.
+LONG_TILE_KEYS = 512
 NUM_WORDS = 10  # WorkTile and Seqlens
 MAILBOX_WORDS = 12  # a slot, kept a multiple of 16 bytes
 
@@ -175,6 +177,17 @@ class TileMailbox:
             cute.arch.mbarrier_arrive(full)
 
     @cute.jit
+    def wait_sent(self, position: RingPosition, seqlens: Seqlens):
+        """Before the next tile is looked for: until a slot is free and, behind a long tile, nobody has yet to start it.
+
+        Short tiles need one in hand, so that the next loads start while they are computed; behind a long one it would
+        only be lost to CTAs that run out of work.
+        """
+        self.ring.wait_empty(position)
+        if seqlens.len_k >= LONG_TILE_KEYS:
+            self.ring.wait_empty(position.next())
+
+    @cute.jit
     def receive(self, position: RingPosition):
         self.ring.wait_full(position)
         stage, empty = self.ring.stage(position), self.ring.empty_barrier(position)
@@ -185,20 +198,3 @@ class TileMailbox:
             cute.arch.mbarrier_arrive(empty)
         words = [cute.arch.shuffle_sync(word, 0) for word in words]
         return WorkTile(*words[:5]), Seqlens(*words[5:])
-
-
-@cute.jit
-def schedule(order: TileOrder, scheduler: TileScheduler, mailbox: TileMailbox):
-    """Body of the scheduling warp: sends every tile of this CTA, then an empty one."""
-    position = MbarrierRing.start()
-    number, _, _ = cute.arch.block_idx()
-    while number < order.num_tiles:
-        tile, seqlens = order.decode(number)
-        if tile.is_work():
-            mailbox.send(position, tile, seqlens)
-            position = position.next()
-            # Only now: a number taken early is work that an idle CTA cannot have.
-            mailbox.ring.wait_empty(position)
-        number = scheduler.next(number)
-    mailbox.send(position, WorkTile.none(), Seqlens(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0)))
-    scheduler.finish()

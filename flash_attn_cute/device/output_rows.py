@@ -6,10 +6,11 @@ an exchange within the quad turns its 4-byte pieces into 16-byte ones, so a warp
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_attn_cute.device import wgmma
 from flash_attn_cute.device.seqlens import Seqlens
@@ -17,6 +18,16 @@ from flash_attn_cute.device.softmax import OnlineSoftmax
 
 QUAD = 4
 ROW_STEP = 8  # the two rows of a thread in an m64 accumulator are 8 apart
+
+
+class RowPlace(NamedTuple):
+    """One output row: out[(batch,) row, head], lse[(batch,) head, row]."""
+
+    batch: Int32
+    row: Int32
+    head: Int32
+    is_row: Boolean  # whether the tile owns it
+    is_query: Boolean  # whether it is a query and not padding
 
 
 @dataclass(frozen=True)
@@ -37,33 +48,33 @@ class OutputRows:
     def token(self, r: int) -> Int32:
         return (self.first_row + ROW_STEP * r) // self.rows_per_token
 
-    def _query_head(self, r: int):
-        """(query head, whether the row stands for one: packed tokens may take more rows than they have heads)."""
-        if const_expr(self.rows_per_token == 1):
-            return self.head, True
-        in_group = (self.first_row + ROW_STEP * r) % self.rows_per_token
-        return self.head * self.qheads_per_kvhead + in_group, in_group < self.qheads_per_kvhead
+    @cute.jit
+    def place(self, r: int, seqlens: Seqlens) -> RowPlace:
+        """Where row r of this thread goes. A token may take more rows than it has heads: those go nowhere."""
+        token = self.token(r)
+        head, is_row = self.head, token < seqlens.rows_q
+        if const_expr(self.rows_per_token != 1):
+            in_group = (self.first_row + ROW_STEP * r) % self.rows_per_token
+            head = self.head * self.qheads_per_kvhead + in_group
+            is_row = is_row and in_group < self.qheads_per_kvhead
+        return RowPlace(self.batch, seqlens.offset_q + token, head, is_row, token < seqlens.len_q)
 
     @cute.jit
     def write(self, o: cute.Tensor, softmax: OnlineSoftmax, seqlens: Seqlens, tensors):
         """Normalises and writes out (and lse) for both rows. Rows past len_q get 0 (and -inf)."""
         lane = cute.arch.lane_idx() % QUAD
         for r in cutlass.range_constexpr(2):
-            token = self.token(r)
-            head, is_head = self._query_head(r)
-            is_row = token < seqlens.rows_q
-            if const_expr(self.rows_per_token != self.qheads_per_kvhead and self.rows_per_token != 1):
-                is_row = is_row and is_head
-            is_query = token < seqlens.len_q
+            place = self.place(r, seqlens)
             sink = None
             if const_expr(tensors.sink is not None):
                 sink = Float32(0.0)
-                if is_row:
-                    sink = tensors.sink[head].to(Float32)
+                if place.is_row:
+                    sink = tensors.sink[place.head].to(Float32)
             factor, lse = softmax.finish(r, sink)
-            chunks = self._chunks(o, r, factor if is_query else Float32(0.0), tensors.out.element_type, lane)
-            if is_row:
-                out_row = self._row(tensors.out, token, head, seqlens)
+            factor, lse = (factor, lse) if place.is_query else (Float32(0.0), -Float32.inf)
+            chunks = self._chunks(o, r, factor, tensors.out.element_type, lane)
+            if place.is_row:
+                out_row = _output_row(tensors.out, place)
                 dim_v = cute.size(out_row)
                 out_chunks = cute.logical_divide(out_row, cute.make_layout(8))
                 for i in cutlass.range_constexpr(len(chunks)):
@@ -73,18 +84,7 @@ class OutputRows:
                     elif const_expr(8 * QUAD * i < dim_v):
                         if column < dim_v // 8:
                             cute.autovec_copy(chunks[i], out_chunks[None, column])
-                if const_expr(tensors.lse is not None):
-                    if lane == 0:
-                        value = lse if is_query else -Float32.inf
-                        if const_expr(cute.rank(tensors.lse) == 2):
-                            tensors.lse[head, seqlens.offset_q + token] = value
-                        else:
-                            tensors.lse[self.batch, head, token] = value
-
-    def _row(self, out: cute.Tensor, token: Int32, head: Int32, seqlens: Seqlens) -> cute.Tensor:
-        if const_expr(cute.rank(out) == 3):
-            return out[seqlens.offset_q + token, head, None]
-        return out[self.batch, token, head, None]
+                _store_lse(tensors.lse, place, lse)
 
     @staticmethod
     def _chunks(o: cute.Tensor, r: int, factor: Float32, dtype, lane: Int32):
@@ -108,6 +108,45 @@ class OutputRows:
                 chunk[j] = _select(factor == 0.0, Int32(0), transposed[j])
             chunks.append(cute.recast_tensor(chunk, dtype))
         return chunks
+
+
+@cute.jit
+def clear_rows(spec, work, seqlens: Seqlens, tensors):
+    """One warp writes the rows of a tile that sees no key: zeros, and -inf or, for a query with a sink, the sink."""
+    thread = cute.arch.lane_idx()
+    zeros = cute.make_rmem_tensor(8, tensors.out.element_type)
+    zeros.fill(0.0)
+    for block in cutlass.range(spec.tile.tile_m // 16, unroll=1):
+        rows = OutputRows.of_thread(spec, work, block // 4, block % 4 * 32 + thread)
+        for r in cutlass.range_constexpr(2):
+            place = rows.place(r, seqlens)
+            if place.is_row:
+                out_row = _output_row(tensors.out, place)
+                for i in cutlass.range_constexpr(0, cute.size(out_row) // 8, QUAD):
+                    column = i + thread % QUAD
+                    if column < cute.size(out_row) // 8:
+                        cute.autovec_copy(zeros, cute.logical_divide(out_row, cute.make_layout(8))[None, column])
+                lse = -Float32.inf
+                if const_expr(tensors.sink is not None):
+                    lse = tensors.sink[place.head].to(Float32) if place.is_query else lse
+                _store_lse(tensors.lse, place, lse)
+
+
+def _output_row(out: cute.Tensor, place: RowPlace) -> cute.Tensor:
+    if const_expr(cute.rank(out) == 3):
+        return out[place.row, place.head, None]
+    return out[place.batch, place.row, place.head, None]
+
+
+@cute.jit
+def _store_lse(lse: cute.Tensor | None, place: RowPlace, value: Float32):
+    """By one thread of the quad that holds the row."""
+    if const_expr(lse is not None):
+        if cute.arch.lane_idx() % QUAD == 0:
+            if const_expr(cute.rank(lse) == 2):
+                lse[place.head, place.row] = value
+            else:
+                lse[place.batch, place.head, place.row] = value
 
 
 def _transpose_in_quad(words: list, lane: Int32) -> list:

@@ -15,6 +15,10 @@ class Seqlens(NamedTuple):
     offset_k: Int32
     len_k: Int32
 
+    @staticmethod
+    def none():
+        return Seqlens(*(Int32(0) for _ in range(5)))
+
 
 class SeqlenTensors(NamedTuple):
     """The (B+1,) and (B,) int32 tensors that give lengths; any of them may be absent."""
