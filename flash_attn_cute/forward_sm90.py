@@ -16,7 +16,8 @@ import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
-from cutlass.utils import LayoutEnum
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.kv_range import KvRange, Window
@@ -228,7 +229,7 @@ class ForwardSm90:
         if warp == LOAD_WARP:
             for operand in (q, k, v):
                 cpasync.prefetch_descriptor(operand.atom)
-        smem = cutlass.utils.SmemAllocator()
+        smem = SmemAllocator()
         sq, sk, sv = [self._allocate(smem, operand) for operand in (q, k, v)]
         rings = self._rings(smem)
         if warp == LOAD_WARP:
@@ -272,12 +273,12 @@ class ForwardSm90:
             longest_first=spec.causal or spec.window_right,
         )
 
-    def _allocate(self, smem: cutlass.utils.SmemAllocator, operand: Operand) -> cute.Tensor:
+    def _allocate(self, smem: SmemAllocator, operand: Operand) -> cute.Tensor:
         layout = operand.smem_layout
         # 1024 bytes: the period of the 128-byte swizzle, which works on absolute addresses.
         return smem.allocate_tensor(self.spec.dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
 
-    def _rings(self, smem: cutlass.utils.SmemAllocator) -> Rings:
+    def _rings(self, smem: SmemAllocator) -> Rings:
         tile = self.spec.tile
 
         def barriers(stages):

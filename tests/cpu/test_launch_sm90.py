@@ -212,7 +212,7 @@ def test_compiles_for_sm_90a_without_spills(name, tmp_path):
     key = PLAIN._replace(**CONFIGURATIONS[name])
     environment = os.environ | {
         "CUTE_DSL_ARCH": "sm_90a",
-        "CUTE_DSL_KEEP_CUBIN": "1",
+        "CUTE_DSL_KEEP": "cubin",
         "CUTE_DSL_DUMP_DIR": str(tmp_path),
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
