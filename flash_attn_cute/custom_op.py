@@ -63,11 +63,30 @@ def _lse_fake(options: dict) -> Tensor:
     return options["q"].new_empty(shape, dtype=torch.float32)
 
 
+def _refuse_gradients(*arguments):
+    """Autograd's own fallback would hand out a result whose gradients silently never arrive."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise NotImplementedError(
+            "attention under torch.compile has no backward: call it under torch.no_grad(), or outside the compiled "
+            "region with backend='reference'"
+        )
+
+
+def _autograd(name: str):
+    def forward(*arguments):
+        _refuse_gradients(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.flash_attn_cute, name)(*arguments)
+
+    return forward
+
+
 for _name, _function, _fake in (
     ("forward", _forward, _forward_fake),
     ("forward_out", _forward_out, _forward_out_fake),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd(_name), "Autograd")
     torch.library.register_fake(f"flash_attn_cute::{_name}", _fake, lib=_library)
 
 
@@ -75,7 +94,7 @@ def call(arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
     """The operator call for the arguments of `flash_attn_varlen_func`, by name."""
     arguments = dict(arguments)
     out = arguments.pop("out")
-    if arguments.pop("scheduler_metadata") is not None:
+    if arguments.pop("scheduler_metadata") not in (None, False):
         raise NotImplementedError("scheduler_metadata: planning on the device is not built yet")
     arguments["window_left"], arguments["window_right"] = arguments.pop("window_size")
     ordered = [arguments[name] for name in _NAMES]

@@ -36,7 +36,6 @@ from flash_attn_cute.tile_scheduler import (
 )
 from flash_attn_cute.tuning import Sm90Tile
 
-WARP = 32
 WARPGROUP = 128
 LOAD_WARP, SCHEDULE_WARP = 0, 1
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
@@ -268,8 +267,7 @@ class ForwardSm90:
             scalars.num_tiles,
             scalars.section_heads,
             scalars.section_tiles,
-            spec.tile.tile_m,
-            spec.rows_per_token,
+            spec.tokens_per_tile,
             longest_first=spec.causal or spec.window_right,
         )
 

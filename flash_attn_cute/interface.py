@@ -11,6 +11,7 @@ from flash_attn_cute import launch_sm90
 from flash_attn_cute.problem import AttentionTensors, Problem
 
 BACKENDS = ("auto", "cute", "reference")
+NO_BACKWARD = "backend='cute' has no backward: call it under torch.no_grad(), or use backend='reference' for gradients"
 
 
 class Support(NamedTuple):
@@ -171,12 +172,17 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
     The tensors may be on the meta device. device: a device, a device string, or a compute capability such as (9, 0) to
     judge for instead of q's own device. Returns a `Support`; wrong arguments raise as the call itself would.
     """
-    named = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), args, strict=False)) | options
+    positional = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")[: len(args)]
+    if len(args) > len(positional) or options.keys() & set(positional):
+        raise TypeError("supports: got an argument twice or too many positional ones; takes those of the call itself")
+    named = dict(zip(positional, args, strict=True)) | options
     tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in AttentionTensors._fields[3:]})
     if named.pop("scheduler_metadata", None) not in (None, False):
         return Support(False, "scheduler_metadata")
     problem = Problem.from_arguments(tensors, **named)
-    reason = _choose(problem, backend, _capability(q.device if device is None else device))[1]
+    chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
+    if chosen == "cute" and _wants_gradients(tensors):
+        reason = NO_BACKWARD
     return Support(reason is None, reason or "")
 
 
@@ -200,7 +206,6 @@ def precompile(config: dict) -> None:
     if unknown:
         raise ValueError(f"config: got {sorted(unknown)}; takes {sorted(plain)}, dtype, head_dim and head_dim_v")
     c = plain | config
-    uneven = c["causal"] or any(c["window"]) or c["varlen_q"] or c["varlen_k"] or c["seqused_q"] or c["seqused_k"]
     key = launch_sm90.KernelKey(
         launch_sm90.ARCHITECTURE,
         "forward",
@@ -219,8 +224,9 @@ def precompile(config: dict) -> None:
         c["seqused_k"],
         c["sink"],
         c["lse"],
-        uneven if c["dynamic"] is None else c["dynamic"],
+        dynamic=False,
     )
+    key = key._replace(dynamic=key.is_uneven() if c["dynamic"] is None else c["dynamic"])
     launch_sm90.cache.get(key, lambda: launch_sm90.compile_kernel(key))
 
 
@@ -259,10 +265,8 @@ def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[
         if tensors.out is not None:
             out = tensors.out.copy_(out)
         return out, lse
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _differentiable(tensors)):
-        raise NotImplementedError(
-            "backend='cute' has no backward: call it under torch.no_grad(), or use backend='reference' for gradients"
-        )
+    if _wants_gradients(tensors):
+        raise NotImplementedError(NO_BACKWARD)
     return launch_sm90.run(tensors, problem)
 
 
@@ -277,5 +281,8 @@ def _capability_of(q: Tensor) -> tuple[int, int] | str:
     return found
 
 
-def _differentiable(tensors: AttentionTensors):
-    return tensors.q, tensors.k, tensors.v, tensors.learnable_sink, tensors.key_bias
+def _wants_gradients(tensors: AttentionTensors) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    differentiable = (tensors.q, tensors.k, tensors.v, tensors.learnable_sink, tensors.key_bias)
+    return any(t is not None and t.requires_grad for t in differentiable)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +69,11 @@ class KernelKey(NamedTuple):
     lse: bool
     dynamic: bool
 
+    def is_uneven(self) -> bool:
+        """Whether tiles differ in work, so that handing them out as CTAs get free pays."""
+        masked = self.causal or self.window_left or self.window_right
+        return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k
+
     @classmethod
     def of(cls, p: Problem, packed: bool, dynamic: bool) -> KernelKey:
         """The key for a problem and what the plan decided; no length, window size, scale or head count is in it."""
@@ -115,24 +122,23 @@ def plan(problem: Problem, num_sms: int) -> Plan:
         packed = sm90_packs_heads(group, p.total_q / max(p.batch_size, 1), tile.tile_m)
     packed = packed and group > 1
     rows = packed_rows(group, tile.tile_m) if packed else 1
+    tokens = tile.tile_m // rows  # of a query tile
     heads = p.num_heads_kv if packed else p.num_heads
     if p.q_packed:
-        num_tiles = (p.total_q * rows // tile.tile_m + p.batch_size + 2) * heads
+        num_tiles = (p.total_q // tokens + p.batch_size + 2) * heads
     else:
-        num_tiles = -(-p.seqlen_q * rows // tile.tile_m) * heads * p.batch_size
-    one_length = not (p.q_packed or p.k_packed or p.has_seqused_q or p.has_seqused_k)
-    uneven = p.causal or p.is_local or not one_length
-    scheduler = p.scheduler
-    if scheduler == "auto":
-        scheduler = "dynamic" if uneven and num_tiles > num_sms else "static"
+        num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
+    key = KernelKey.of(p, packed=packed, dynamic=p.scheduler == "dynamic")
+    if p.scheduler == "auto":
+        # By what is asked and not by how much: a size that compiled another kernel would surprise a graph capture.
+        key = key._replace(dynamic=key.is_uneven())
     section_heads, section_tiles = sm90_section(num_sms) if p.window_right is not None else (1, 0)
-    key = KernelKey.of(p, packed=packed, dynamic=scheduler == "dynamic")
-    grid = num_tiles if scheduler == "single_tile" else min(num_tiles, num_sms)
+    grid = num_tiles if p.scheduler == "single_tile" else min(num_tiles, num_sms)
     return Plan(key, num_tiles, grid, section_heads, section_tiles)
 
 
 def compile_kernel(key: KernelKey) -> Any:
-    """Compiles one kernel for tensors of any size. Needs no GPU: CUTE_DSL_ARCH=sm_90a cross-compiles."""
+    """Compiles one kernel for tensors of any size, for the architecture of the key. Needs no GPU."""
     import cutlass
     import cutlass.cute as cute
     from cutlass import Float32, Int32
@@ -171,34 +177,64 @@ def compile_kernel(key: KernelKey) -> Any:
     )
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(7)))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options="--enable-tvm-ffi")
+    return cute.compile(
+        ForwardSm90(spec), tensors, scalars, stream, options=f"--enable-tvm-ffi --gpu-arch {key.architecture}"
+    )
 
 
-_semaphores: dict[tuple[int, int], Tensor] = {}
+SEMAPHORES_A_BLOCK = 512
+
+_semaphores: dict[tuple[int, int, int], Tensor] = {}
+_free_semaphores: dict[int, list[Tensor]] = {}
+_semaphore_lock = threading.Lock()
 
 
 def _semaphore(device: torch.device) -> Tensor:
-    """Two zeroed int32 that launches of one stream share: each launch leaves them zero.
+    """Two zeroed int32 that the launches of one thread on one stream share: each launch leaves them zero.
 
     A captured graph gets its own (zeroed by the graph at every replay): it may run beside anything, and memory that was
     allocated during a capture belongs to the graph.
     """
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    # The thread as well: cudaStreamPerThread is one handle for many streams.
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, threading.get_ident())
     semaphore = _semaphores.get(key)
     if semaphore is None:
-        semaphore = _semaphores[key] = torch.zeros(2, dtype=torch.int32, device=device)
+        with _semaphore_lock:
+            free = _free_semaphores.setdefault(device.index, [])
+            if not free:
+                free.extend(_semaphore_block(device))
+            semaphore = _semaphores[key] = free.pop()
     return semaphore
 
 
-def _for_tma(x: Tensor) -> Tensor:
-    """x itself, or a contiguous copy where TMA cannot address it (steps of 16 bytes, no broadcast dimension)."""
+def _semaphore_block(device: torch.device) -> list[Tensor]:
+    """Semaphores that live as long as the process, out of the allocator's ordinary memory.
+
+    Allocated in a thread of its own: the caller may be inside a private pool (a graph's warm-up, an engine that sleeps
+    by discarding a pool), and pools are chosen by thread and stream.
+    """
+
+    def allocate() -> list[Tensor]:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.default_stream(device)):
+            block = torch.zeros(SEMAPHORES_A_BLOCK, 2, dtype=torch.int32, device=device)
+            torch.cuda.current_stream().synchronize()  # once: any stream may be the first to use one
+            return list(block)
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(allocate).result()
+
+
+def _tma_can_address(x: Tensor) -> bool:
+    """Whether the base and all strides are multiples of 16 bytes and no dimension is broadcast."""
     unit = TMA_ALIGNMENT // 2
-    strides = x.stride()
-    if x.data_ptr() % TMA_ALIGNMENT == 0 and not any(s % unit or s == 0 for s in strides[:-1]):
-        return x
-    return x.contiguous() if not x.is_contiguous() else x.clone()
+    return x.data_ptr() % TMA_ALIGNMENT == 0 and not any(s % unit or s == 0 for s in x.stride()[:-1])
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """x itself, or a compact copy where TMA cannot address it."""
+    return x if _tma_can_address(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -215,7 +251,7 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
     if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent
         k, v = [x.new_empty([max(n, 1) for n in x.shape]) for x in (k, v)]
     k, v = _for_tma(k), _for_tma(v)
-    target = out if _for_tma(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
+    target = out if _tma_can_address(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     sink = t.learnable_sink
     function(
         (

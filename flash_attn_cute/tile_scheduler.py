@@ -40,7 +40,7 @@ class WorkTile(NamedTuple):
 class TileOrder:
     """How tile numbers map to tiles.
 
-    Packed sequences need no table: sequence b gets the numbers from cu_seqlens[b] * rows_per_token // tile_m + b on
+    Packed sequences need no table: sequence b gets the numbers from cu_seqlens[b] // tokens_per_tile + b + 1 on
     (times the heads), which leaves room for its tiles wherever it starts and is monotone in b, so that a warp finds b
     by a search that is 32 wide. At most one number a sequence and head stands for no tile.
 
@@ -54,8 +54,7 @@ class TileOrder:
     num_tiles: Int32
     section_heads: Int32  # a section has at least this many heads,
     section_tiles: Int32  # and more while it has no more than this many tiles
-    tile_m: int
-    rows_per_token: int
+    tokens_per_tile: int
     longest_first: bool
 
     @cute.jit
@@ -81,7 +80,7 @@ class TileOrder:
         start = Int32(0)
         if batch >= 0:
             start = self.seqlens.tensors.cu_seqlens_q[batch]
-        return (start * self.rows_per_token // self.tile_m + batch + 1) * self.num_heads
+        return (start // self.tokens_per_tile + batch + 1) * self.num_heads
 
     @cute.jit
     def _find_sequence(self, number: Int32):
@@ -101,7 +100,7 @@ class TileOrder:
     @cute.jit
     def _within(self, local: Int32, seqlens: Seqlens, num_heads: Int32):
         """(m_block, head, whether there is such a tile) of the local-th tile of `num_heads` heads of equal length."""
-        m_blocks = (seqlens.rows_q * self.rows_per_token + self.tile_m - 1) // self.tile_m
+        m_blocks = (seqlens.rows_q + self.tokens_per_tile - 1) // self.tokens_per_tile
         is_tile = local < m_blocks * num_heads
         section = cutlass.max(self.section_heads, self.section_tiles // cutlass.max(m_blocks, 1))
         section = cutlass.min(section, num_heads)

@@ -27,7 +27,7 @@ class Sm90Tile(NamedTuple):
     @property
     def registers(self) -> tuple[int, int]:
         """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8."""
-        return {1: (56, 256), 2: (24, 240), 3: (32, 160)}[self.consumers]
+        return {2: (24, 240), 3: (32, 160)}[self.consumers]
 
     @property
     def smem_bytes(self) -> int:

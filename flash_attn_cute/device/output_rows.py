@@ -34,7 +34,8 @@ class RowPlace(NamedTuple):
 class OutputRows:
     """The two rows of a query tile that a thread holds."""
 
-    first_row: Int32  # counted over the sequence, in rows (tokens times rows_per_token)
+    first_token: Int32  # of the tile, in the sequence
+    first_row: Int32  # of this thread, in the tile
     head: Int32  # work.head
     batch: Int32
     rows_per_token: int
@@ -42,11 +43,13 @@ class OutputRows:
 
     @staticmethod
     def of_thread(spec, work, warpgroup: Int32, thread: Int32):
-        row = work.m_block * spec.tile.tile_m + warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD
-        return OutputRows(row, work.head, work.batch, spec.rows_per_token, spec.qheads_per_kvhead)
+        row = warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD
+        return OutputRows(
+            work.m_block * spec.tokens_per_tile, row, work.head, work.batch, spec.rows_per_token, spec.qheads_per_kvhead
+        )
 
     def token(self, r: int) -> Int32:
-        return (self.first_row + ROW_STEP * r) // self.rows_per_token
+        return self.first_token + (self.first_row + ROW_STEP * r) // self.rows_per_token
 
     @cute.jit
     def place(self, r: int, seqlens: Seqlens) -> RowPlace:

@@ -20,9 +20,6 @@ class RingPosition(NamedTuple):
     def next(self):
         return RingPosition(self.count + 1)
 
-    def previous(self):
-        return RingPosition(self.count - 1)
-
 
 @dataclass(frozen=True)
 class MbarrierRing:

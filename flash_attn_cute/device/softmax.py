@@ -108,5 +108,8 @@ class OnlineSoftmax:
             row_sum = row_sum + exp2(fma(-row_max, self.scale_log2, sink * LOG2_E))
             lse_of_nothing = sink
         lse = fma(row_max, self.scale_log2, cute.math.log2(row_sum, fastmath=True)) * LN2
+        if const_expr(sink is not None):
+            # The sum can only overflow by a sink far above every score, which then is the log-sum-exp.
+            lse = sink if row_sum == Float32.inf else lse
         factor = 0.0 if nothing else cute.arch.rcp_approx(row_sum)
         return factor, lse_of_nothing if nothing else lse

@@ -92,6 +92,25 @@ def test_torch_compile_full_graph(given_out, return_lse):
     torch.testing.assert_close(compiled(*CALL, out()), model(*CALL, out()), rtol=0, atol=0)
 
 
+def test_torch_compile_refuses_gradients():
+    """Autograd's fallback would return a result whose gradients never arrive."""
+    call = [t.clone().requires_grad_() if t.is_floating_point() else t for t in CALL]
+    compiled = torch.compile(flash_attn_varlen_func, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="has no backward"):
+        compiled(*call, causal=True).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(compiled(*call, causal=True), flash_attn_varlen_func(*CALL, causal=True))
+
+
+def test_supports_knows_that_kernels_have_no_backward():
+    q = TENSORS.q.clone().requires_grad_()
+    assert "no backward" in supports(q, *CALL[1:], device=(9, 0)).reason
+    with torch.no_grad():
+        assert supports(q, *CALL[1:], device=(9, 0))
+    with pytest.raises(TypeError, match="supports: got an argument twice"):
+        supports(*CALL, cu_seqlens_k=CALL[4])
+
+
 def test_precompile_refuses_unknown_fields():
     with pytest.raises(ValueError, match=r"config: got \['tile'\]"):
         precompile({"dtype": "bf16", "head_dim": 64, "tile": 3})

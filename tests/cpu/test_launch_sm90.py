@@ -43,8 +43,7 @@ def test_key_has_no_values():
     for name, value in {"softmax_scale": 2.0, "window_size": (50, 7), "softcap": 9.5}.items():
         assert launch_sm90.plan(packed_problem(**{**options, name: value}), NUM_SMS).key == key, name
     larger = packed_problem(lengths=(1000,) * 9, heads=16, kv_heads=4, **options)
-    dynamic = launch_sm90.plan(larger, NUM_SMS).key
-    assert dynamic._replace(dynamic=key.dynamic) == key
+    assert launch_sm90.plan(larger, NUM_SMS).key == key
 
 
 def test_key_tells_generated_code_apart():
@@ -91,7 +90,8 @@ def test_numbers_leave_room_for_every_tile_of_a_packed_batch(rows):
 def test_scheduler_follows_the_work():
     assert not launch_sm90.plan(batched_problem(batch=64), NUM_SMS).key.dynamic
     assert launch_sm90.plan(batched_problem(batch=64, causal=True), NUM_SMS).key.dynamic
-    assert not launch_sm90.plan(batched_problem(batch=1, causal=True), NUM_SMS).key.dynamic  # a tile for each CTA
+    # The size of the batch decides nothing: another kernel would be compiled in the middle of serving.
+    assert launch_sm90.plan(batched_problem(batch=1, causal=True), NUM_SMS).key.dynamic
     assert not launch_sm90.plan(batched_problem(batch=64, causal=True, scheduler="static"), NUM_SMS).key.dynamic
     single = launch_sm90.plan(batched_problem(batch=64, scheduler="single_tile"), NUM_SMS)
     assert single.grid == single.num_tiles == 64 * 4 * 3
@@ -132,6 +132,24 @@ def test_supported():
 def test_tiles_fit_shared_memory(dims):
     barriers_and_mailbox = 1024
     assert tuning._SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SM90_SMEM_BYTES
+
+
+@pytest.mark.parametrize(
+    "view, fits",
+    [
+        (lambda: torch.zeros(4, 2, 64, dtype=BF16), True),
+        (lambda: torch.zeros(2, 4, 64, dtype=BF16).transpose(0, 1), True),
+        (lambda: torch.zeros(4, 2, 67, dtype=BF16)[..., :64], False),
+        (lambda: torch.zeros(1, 1, 67, dtype=BF16)[..., :64], False),  # contiguous, whatever its strides
+        (lambda: torch.zeros(4, 1, 64, dtype=BF16).expand(4, 2, 64), False),
+        (lambda: torch.zeros(4, 2, 72, dtype=BF16).flatten()[1 : 1 + 512].view(4, 2, 64), False),
+    ],
+)
+def test_what_tma_cannot_address_is_copied(view, fits):
+    x = view()
+    copy = launch_sm90._for_tma(x)
+    assert (copy is x) == fits
+    assert launch_sm90._tma_can_address(copy) and torch.equal(copy, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
