@@ -128,6 +128,13 @@ def test_sink(sink_dtype, mask):
     check_attention(small_ragged(sink_dtype=sink_dtype), pack_gqa=False, **MASKS[mask])
 
 
+@pytest.mark.parametrize("sink", [-300.0, 120.0, -INF])
+def test_sink_far_from_every_score(sink):
+    """Far above, the sum overflows and the sink is the whole log-sum-exp; far below, it changes nothing."""
+    sinks = torch.full((4,), sink, dtype=FP32, device=DEVICE)
+    check_attention(small_ragged(sink_dtype=FP32)._replace(learnable_sink=sinks), causal=True, pack_gqa=False)
+
+
 @pytest.mark.parametrize("pack_gqa", [False, True])
 def test_sink_softcap_and_window_together(pack_gqa):
     check_attention(
@@ -558,6 +565,21 @@ def test_torch_compile_of_a_whole_graph(compiler):
             assert torch.equal(got, expected)
 
 
+def test_torch_compile_with_cuda_graphs():
+    """Warm-ups allocate from the graph's private pool, in which nothing of ours may stay."""
+    if not (shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("inductor needs a C compiler")
+    tensors = ragged([(300, 300), (77, 130)] * 40, head_dim=128)
+
+    def function(q, k, v, cu_q, cu_k):
+        return flash_attn_varlen_func(q * 2, k, v, cu_q, cu_k, causal=True, pack_gqa=False) + 1
+
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    expected = function(*tensors[:5])
+    for _ in range(5):
+        assert torch.equal(compiled(*tensors[:5]), expected)
+
+
 def test_torch_compile_with_a_given_output():
     tensors = small_ragged()
     expected, _ = attention(tensors, causal=True, pack_gqa=False)
@@ -570,6 +592,13 @@ def test_torch_compile_with_a_given_output():
     out = torch.full_like(tensors.q, NAN)
     result = function(tensors, out)
     assert torch.equal(out, expected) and torch.equal(result, expected + 1)
+
+
+def test_one_token_of_one_head_out_of_an_odd_buffer():
+    """Contiguous by torch's rule whatever its strides, and yet nothing that a tensor map can describe."""
+    q, k, v = (torch.randn(1, 1, 67, dtype=BF16, device=DEVICE)[..., :64] for _ in range(3))
+    bounds = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(flash_attn_varlen_func(q, k, v, bounds, bounds), v)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
