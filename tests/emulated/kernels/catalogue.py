@@ -1,0 +1,32 @@
+"""Every case of an architecture."""
+
+import importlib
+
+from tests.emulated.kernels.case import Case
+
+EITHER = (
+    "elementwise",
+    "divergence",
+    "named_barriers",
+    "mbarrier_pipeline",
+    "cp_async",
+    "bulk_copy",
+    "tma_copy",
+    "tma_reduce",
+    "tma_multicast",
+    "distributed_shared",
+    "persistent_atomic",
+)
+MODULES = {
+    "sm_90a": (*EITHER,),
+    "sm_100a": (*EITHER,),
+}
+
+
+def cases(architecture: str) -> list[Case]:
+    """The cases that run on `architecture`, which this process has to compile for (CUTE_DSL_ARCH)."""
+    modules = [importlib.import_module(f"tests.emulated.kernels.{name}") for name in MODULES[architecture]]
+    found = [case for module in modules for case in module.cases()]
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+    return found
