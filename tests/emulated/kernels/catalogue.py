@@ -10,6 +10,7 @@ EITHER = (
     "named_barriers",
     "mbarrier_pipeline",
     "cp_async",
+    "matrix_moves",
     "bulk_copy",
     "tma_copy",
     "tma_reduce",
@@ -18,7 +19,7 @@ EITHER = (
     "persistent_atomic",
 )
 MODULES = {
-    "sm_90a": (*EITHER,),
+    "sm_90a": (*EITHER, "wgmma_gemm"),
     "sm_100a": (*EITHER,),
 }
 

@@ -51,9 +51,10 @@ def kernel(x: cute.Tensor, out: cute.Tensor, config: cutlass.Constexpr):
         if const_expr(config.exchange == "store"):
             theirs = cute.arch.map_dsmem_ptr(row.iterator, preceding) + (THREADS - 1 - thread)
             cute.arch.inline_ptx("st.shared::cluster.b32 [{$r0}], {$r1};", read_only_args=[theirs.toint(), value])
+            cute.arch.fence_acq_rel_cluster()
             cute.arch.mbarrier_arrive(full, preceding)
             cute.arch.mbarrier_wait(full, 0)
-            # The wait acquires at the scope of the CTA, the store came from another: the cluster's fence is due.
+            # Arrival and wait order within the CTA; this is between two, so fences of the cluster stand on either side.
             cute.arch.fence_acq_rel_cluster()
         else:
             if thread == 0:
