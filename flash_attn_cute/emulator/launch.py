@@ -1,0 +1,63 @@
+"""What the host side hands to the device side: one kernel launch, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SCHEDULES = ("in-order", "random", "delayed")
+
+
+class EmulatorError(Exception):
+    """A program, or a kernel that it launched, did something that a check forbids or that is not emulated."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Memory that a launch may touch: one tensor's storage. The address is the host's, kernels run on it directly."""
+
+    address: int
+    size: int
+    name: str
+    writable: bool = True
+
+    @property
+    def end(self) -> int:
+        return self.address + self.size
+
+
+@dataclass
+class LaunchRecord:
+    """One kernel launch with everything that decides what it does, other than the contents of memory.
+
+    `ptx` is the text of the whole module that the launched kernel's cubin was made from. `params` is the buffer that the
+    `.entry` signature describes, every parameter at its own alignment; TMA descriptors are in it as 128-byte arrays.
+    """
+
+    ptx: str
+    entry: str
+    arch: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    cluster: tuple[int, int, int]
+    dynamic_smem: int
+    params: bytes
+    allocations: list[Allocation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How launches are executed: in which order warps run, on how many SMs at once, and what is checked meanwhile.
+
+    `sms` 0 means as many as the architecture's GPU has. `checks` holds names of checks, or "all", or is empty.
+    """
+
+    schedule: str = "in-order"
+    seed: int = 0
+    sms: int = 0
+    checks: frozenset[str] = frozenset({"default"})
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: got {self.schedule!r}; takes one of {', '.join(SCHEDULES)}")
+        if self.sms < 0:
+            raise ValueError(f"sms: got {self.sms}; takes a number of SMs, or 0 for the architecture's own")
