@@ -1,4 +1,4 @@
-"""Runs compiled CuTe DSL kernels on a CPU. Importing this package imports neither torch nor cutlass."""
+"""Runs compiled CuTe DSL kernels on a CPU. Importing this does not import the DSL, which reads its settings then."""
 
 from flash_attn_cute.emulator.launch import Allocation, EmulatorError, EngineOptions, LaunchRecord
 

@@ -1,8 +1,8 @@
 """Compiles the emulator's C sources with the system's compiler at first use, once per content of the sources.
 
-Libraries are kept beside the compiled kernels, in ``FLASH_ATTN_CUTE_CACHE_DIR`` or ``$XDG_CACHE_HOME/flash_attn_cute``;
-where neither can be written, in a directory of this process alone. They are built for the architecture's baseline, never
-for the machine at hand, so that a home directory shared between machines works.
+Libraries are kept beside the compiled kernels, in ``FLASH_ATTN_CUTE_CACHE_DIR`` or ``$XDG_CACHE_HOME/flash_attn_cute``,
+or, where that cannot be written, in a directory of this process alone. They are built for the architecture's baseline,
+never for the machine at hand, so that a home directory shared between machines works.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from flash_attn_cute.emulator.launch import EmulatorError
 
 DEFAULT_FLAGS = ("-O2",)
-_ALWAYS = ("-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden")
+_ALWAYS = ("-std=gnu11", "-fPIC", "-shared")
 _COMPILERS = ("cc", "gcc", "clang")
 
 
@@ -32,9 +32,8 @@ class CompilerError(EmulatorError):
 def shared_library(name: str, sources: Sequence[Path], flags: Iterable[str] = DEFAULT_FLAGS) -> Path:
     """Return the path of lib<name>-<digest>.so, compiled from `sources` unless that was done before.
 
-    The digest covers the flags, the compiler and, for each source, every .c, .h, .def and .inc file in its directory, so
-    that a changed header rebuilds too. Symbols are hidden unless the source marks them visible. `flags` come last on the
-    command line, where libraries (-lm) have to stand.
+    The digest covers the flags, the compiler's name and, for each source, every .c, .h, .def and .inc file in its
+    directory, so that a changed header rebuilds too. Libraries (-lm) may be among the flags.
     """
     compiler = _compiler()
     command = [*compiler, *_ALWAYS, *flags]
@@ -98,8 +97,8 @@ def _directory() -> Path:
     directory = directory / "emulator"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            return directory
+        tempfile.TemporaryFile(dir=directory).close()
+        return directory
     except OSError:
         return _private_directory()
 

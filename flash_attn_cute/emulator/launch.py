@@ -29,8 +29,8 @@ class Allocation:
 class LaunchRecord:
     """One kernel launch with everything that decides what it does, other than the contents of memory.
 
-    `ptx` is the text of the whole module that the launched kernel's cubin was made from. `params` is the buffer that the
-    `.entry` signature describes, every parameter at its own alignment; TMA descriptors are in it as 128-byte arrays.
+    `ptx` is the text of the whole module that the launched kernel's cubin was made from. `params` is the buffer that
+    the `.entry` signature describes, every parameter at its own alignment; TMA descriptors are in it, 128 bytes each.
     """
 
     ptx: str
