@@ -20,7 +20,7 @@ EITHER = (
 )
 MODULES = {
     "sm_90a": (*EITHER, "wgmma_gemm"),
-    "sm_100a": (*EITHER, "tcgen05_gemm"),
+    "sm_100a": (*EITHER, "tcgen05_gemm", "tensor_memory_moves"),
 }
 
 
