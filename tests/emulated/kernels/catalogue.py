@@ -20,7 +20,13 @@ EITHER = (
 )
 MODULES = {
     "sm_90a": (*EITHER, "wgmma_gemm"),
-    "sm_100a": (*EITHER, "tcgen05_gemm", "tensor_memory_moves"),
+    "sm_100a": (
+        *EITHER,
+        "tensor_memory_moves",
+        "tensor_memory_copy",
+        "tcgen05_gemm",
+        "cluster_launch_control",
+    ),
 }
 
 
