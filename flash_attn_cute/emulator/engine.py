@@ -1,0 +1,238 @@
+"""Runs launches: assembles a kernel once, hands it to the C core, and turns what returns into a report or an error."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import build
+from .assembler import CORE, INSTRUCTION, Program, assemble
+from .errors import FAULTS
+from .launch import SCHEDULES, Allocation, EngineOptions, LaunchRecord
+from .ptx import parse
+from .report import INSTRUCTION_CLASSES, LaunchReport, mma_rate
+
+MAX_WARPS = 32
+# Bits of Machine.checks, in order. "default" and "all" stand for all of them.
+CHECKS = ("bounds", "uninitialised", "alignment", "barriers", "leaks")
+# -O3 for vector loops; no contraction, so that a product and a sum round as PTX says wherever it is compiled.
+FLAGS = (
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-lm",
+)
+BASE_RATE = 2048  # multiply-adds a clock by which core/ counts MMA cycles
+
+
+class _Allocation(ctypes.Structure):
+    _fields_ = [
+        ("address", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("writable", ctypes.c_int32),
+        ("pad", ctypes.c_int32),
+        ("name", ctypes.c_char_p),
+    ]
+
+
+class _Totals(ctypes.Structure):
+    """As Totals in core/machine.h."""
+
+    _fields_ = [("instructions", ctypes.c_int64 * len(INSTRUCTION_CLASSES) * MAX_WARPS)] + [
+        (name, ctypes.c_int64)
+        for name in (
+            "mma_flops",
+            "mma_cycles_x16",
+            "tma_load_bytes",
+            "tma_store_bytes",
+            "global_load_bytes",
+            "global_store_bytes",
+            "shared_accesses",
+            "bank_conflicts",
+            "ctas",
+            "slices",
+            "deferred_operations",
+        )
+    ]
+
+
+@functools.cache
+def core_library() -> ctypes.CDLL:
+    """The compiled core; built at first use."""
+    path = build.shared_library("core", sorted(CORE.glob("*.c")), FLAGS)
+    library = ctypes.CDLL(str(path))
+    library.engine_launch.restype = ctypes.c_int
+    library.engine_instruction_size.restype = ctypes.c_int64
+    if library.engine_instruction_size() != INSTRUCTION.itemsize:
+        raise RuntimeError("the emulator's core and its assembler disagree about the size of an instruction")
+    return library
+
+
+@dataclass
+class _Loaded:
+    """A program with the memory of its module's variables, which live as long as the module does."""
+
+    program: Program
+    variables: list[tuple[np.ndarray, Allocation]]
+    constants: np.ndarray
+
+
+_loaded: dict[tuple[str, str], _Loaded] = {}
+
+
+def _aligned(size: int, alignment: int = 128) -> np.ndarray:
+    raw = np.zeros(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size]
+
+
+def load(ptx: str, entry: str) -> _Loaded:
+    """The assembled entry of a module, from the cache where the same text was seen before."""
+    key = (hashlib.sha256(ptx.encode()).hexdigest(), entry)
+    if key in _loaded:
+        return _loaded[key]
+    module = parse(ptx)
+    if entry not in module.entries:
+        raise ValueError(f"the module has no entry {entry!r}; it has {', '.join(module.entries) or 'none'}")
+    program = assemble(module, module.entries[entry])
+    constants = program.constants.copy()
+    variables = []
+    for name, (variable, rows) in program.globals.items():
+        memory = _aligned(max(variable.size, 1))
+        if variable.initial:
+            memory[: variable.size] = np.frombuffer(variable.initial, np.uint8)
+        address = memory.ctypes.data
+        variables.append((memory, Allocation(address, variable.size, name, variable.space == "global")))
+        for row in rows:
+            constants[row]["value"] += np.uint64(address)
+    loaded = _Loaded(program, variables, constants)
+    _loaded[key] = loaded
+    return loaded
+
+
+def sm_count(arch: int) -> int:
+    """SMs of the architecture's full-size GPU."""
+    return 148 if 100 <= arch < 120 else 132
+
+
+def check_bits(names: frozenset[str]) -> int:
+    """The core's flags for names of checks; names that other parts answer for are not the engine's to refuse."""
+    if names & {"default", "all"}:
+        return (1 << len(CHECKS)) - 1
+    return sum(1 << bit for bit, name in enumerate(CHECKS) if name in names)
+
+
+class Engine:
+    """Runs launch records under one set of options."""
+
+    def __init__(self, options: EngineOptions | None = None):
+        self.options = options or EngineOptions()
+
+    def run(self, record: LaunchRecord) -> LaunchReport:
+        """Runs a launch to its end. Raises an EmulatorError where the kernel does what it may not."""
+        loaded = load(record.ptx, record.entry)
+        program = loaded.program
+        if len(record.params) < program.parameter_bytes:
+            raise ValueError(
+                f"{record.entry}: {len(record.params)} bytes of parameters, {program.parameter_bytes} expected"
+            )
+        for axis, (cells, step) in enumerate(zip(record.grid, record.cluster, strict=True)):
+            if step < 1 or cells % step:
+                raise ValueError(
+                    f"{record.entry}: grid {record.grid} is no multiple of cluster {record.cluster} in axis {axis}"
+                )
+        if int(np.prod(record.grid)) == 0:
+            return self._report(record, _Totals(), 0.0)
+        if int(np.prod(record.block)) > 32 * MAX_WARPS:
+            raise ValueError(f"{record.entry}: block {record.block} has more than {32 * MAX_WARPS} threads")
+        params = _aligned(max(len(record.params), 1))
+        params[: len(record.params)] = np.frombuffer(record.params, np.uint8)
+        constants = loaded.constants.copy()
+        for row in program.param_constants:
+            constants[row]["value"] += np.uint64(params.ctypes.data)
+        specials = program.specials.copy()
+        dynamic_start = -(-program.shared_bytes // program.shared_align) * program.shared_align
+        for row in program.dynamic_offset_specials:
+            specials[row]["value"] += np.uint32(dynamic_start)
+        shared_bytes = dynamic_start + record.dynamic_smem if record.dynamic_smem else program.shared_bytes
+        allocations = [Allocation(params.ctypes.data, len(record.params), "kernel parameters", False)]
+        allocations += [allocation for _, allocation in loaded.variables]
+        allocations += record.allocations
+        return self._launch(record, program, constants, specials, allocations, shared_bytes)
+
+    def _launch(self, record, program, constants, specials, allocations, shared_bytes) -> LaunchReport:
+        library = core_library()
+        ordered = sorted(allocations, key=lambda allocation: allocation.address)
+        table = (_Allocation * len(ordered))(
+            *[_Allocation(x.address, x.size, int(x.writable), 0, x.name.encode()) for x in ordered]
+        )
+        names = (ctypes.c_char_p * (len(program.unknown) + 1))(*[name.encode() for name in program.unknown], None)
+        arch = int("".join(c for c in record.arch.removeprefix("sm_") if c.isdigit()))
+        geometry = (ctypes.c_uint32 * 9)(*record.grid, *record.block, *record.cluster)
+        numbers = (ctypes.c_int64 * 12)(
+            len(program.code),
+            len(constants),
+            len(specials),
+            program.slots,
+            program.local_bytes,
+            len(ordered),
+            shared_bytes,
+            record.dynamic_smem,
+            self.options.sms or sm_count(arch),
+            arch,
+            SCHEDULES.index(self.options.schedule),
+            check_bits(self.options.checks),
+        )
+        totals, line = _Totals(), ctypes.c_int32()
+        message = ctypes.create_string_buffer(16384)
+        started = time.perf_counter()
+        kind = library.engine_launch(
+            *(ctypes.c_void_p(array.ctypes.data) for array in (program.code, program.pool, constants, specials)),
+            names,
+            table,
+            geometry,
+            numbers,
+            ctypes.c_uint64(self.options.seed),
+            ctypes.byref(totals),
+            message,
+            ctypes.c_int64(len(message)),
+            ctypes.byref(line),
+        )
+        elapsed = time.perf_counter() - started
+        if kind:
+            where = f"kernel {record.entry}" + (f", PTX line {line.value}" if line.value else "")
+            raise FAULTS[kind](f"{where}: {message.value.decode(errors='replace')}", record.entry, line.value)
+        return self._report(record, totals, elapsed)
+
+    @staticmethod
+    def _report(record: LaunchRecord, totals: _Totals, elapsed: float) -> LaunchReport:
+        warps = -(-int(np.prod(record.block)) // 32)
+        counts = [dict(zip(INSTRUCTION_CLASSES, totals.instructions[index], strict=True)) for index in range(warps)]
+        return LaunchReport(
+            kernel=record.entry,
+            arch=record.arch,
+            grid=record.grid,
+            block=record.block,
+            cluster=record.cluster,
+            instructions=counts,
+            mma_multiply_adds=totals.mma_flops,
+            mma_cycles=totals.mma_cycles_x16 / 16 * BASE_RATE / mma_rate(record.arch),
+            tma_load_bytes=totals.tma_load_bytes,
+            tma_store_bytes=totals.tma_store_bytes,
+            global_load_bytes=totals.global_load_bytes,
+            global_store_bytes=totals.global_store_bytes,
+            shared_accesses=totals.shared_accesses,
+            bank_conflicts=totals.bank_conflicts,
+            ctas=totals.ctas,
+            deferred_operations=totals.deferred_operations,
+            seconds=elapsed,
+        )
