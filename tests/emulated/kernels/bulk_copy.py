@@ -10,6 +10,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 ROWS, COLUMNS = 6, 64
 STAGES = 3
@@ -52,13 +53,13 @@ def host(x: cute.Tensor, out: cute.Tensor, stream):
     kernel(x, out).launch(grid=[1, 1, 1], block=[32, 1, 1], stream=stream)
 
 
-def tensors(generator: torch.Generator):
+def tensors(generator: RandomIntegers):
     shape = (ROWS, COLUMNS)
     return integers(generator, shape, torch.int32, -1000, 1000), unwritten(shape, torch.int32)
 
 
 def build():
-    return compile_host(host, tensors(torch.Generator()))
+    return compile_host(host, tensors(RandomIntegers()))
 
 
 def reference(x, out):

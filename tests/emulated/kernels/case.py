@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.emulated.kernels.random_integers import RandomIntegers
+
 # What outputs hold before a launch: exact in every type of 16 bits or more, and no result of any kernel here.
 UNWRITTEN = -77.0
 
@@ -17,13 +19,13 @@ class Case:
 
     name: str
     build: Callable[[], Callable[..., None]]  # the compiled kernel, which takes the tensors in order
-    tensors: Callable[[torch.Generator], tuple[Tensor, ...]]  # on the CPU; outputs last, as they are before the launch
+    tensors: Callable[[RandomIntegers], tuple[Tensor, ...]]  # on the CPU; outputs last, as they are before the launch
     reference: Callable[..., tuple[Tensor, ...]]  # of the same tensors: what the outputs hold afterwards
     tolerance: float = 0.0
 
     def arguments(self) -> tuple[Tensor, ...]:
         """The same bits wherever and whenever this is called."""
-        return self.tensors(torch.Generator().manual_seed(zlib.crc32(self.name.encode())))
+        return self.tensors(RandomIntegers(zlib.crc32(self.name.encode())))
 
     def expected(self) -> tuple[Tensor, ...]:
         return self.reference(*self.arguments())
@@ -75,9 +77,9 @@ def is_nan(tensor: Tensor) -> Tensor:
     return tensor.float().isnan()
 
 
-def integers(generator: torch.Generator, shape, dtype: torch.dtype, low: int = -8, high: int = 8) -> Tensor:
+def integers(generator: RandomIntegers, shape, dtype: torch.dtype, low: int = -8, high: int = 8) -> Tensor:
     """Random integers of [low, high] in `dtype`: sums of their products are exact in fp32, whatever the order."""
-    return torch.randint(low, high + 1, tuple(shape), generator=generator, dtype=torch.int32).to(dtype)
+    return generator.draw(shape, low, high).to(dtype)
 
 
 def unwritten(shape, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 64
 RESPONSE_BYTES = 16
@@ -75,7 +76,7 @@ def tiles(config: Config) -> int:
     return columns * rows * layers
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     shape = (tiles(config), THREADS)
     return (
         integers(generator, shape, torch.int32, -1000, 1000),
@@ -85,7 +86,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(x, visits, out):

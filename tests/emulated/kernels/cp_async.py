@@ -12,6 +12,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 32
 VECTOR = 4  # fp32 elements of 16 bytes
@@ -67,8 +68,8 @@ def host(x: cute.Tensor, lengths: cute.Tensor, out: cute.Tensor, stream, config:
     kernel(x, lengths, out, config).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
-    lengths = torch.randint(0, THREADS + 1, (config.rows,), generator=generator, dtype=torch.int32) * VECTOR
+def tensors(config: Config, generator: RandomIntegers):
+    lengths = integers(generator, (config.rows,), torch.int32, 0, THREADS) * VECTOR
     return (
         integers(generator, (config.rows, COLUMNS), torch.float32),
         lengths,
@@ -77,7 +78,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(x, lengths, out):

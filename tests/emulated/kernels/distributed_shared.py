@@ -14,6 +14,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 64
 
@@ -78,13 +79,13 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
     )
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     shape = (2 * config.cluster, THREADS)
     return integers(generator, shape, torch.int32, -1000, 1000), unwritten(shape, torch.int32)
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(config: Config, x, out):

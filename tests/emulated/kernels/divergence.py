@@ -6,8 +6,9 @@ import cutlass.cute as cute
 import torch
 from cutlass import Int32
 
-from tests.emulated.kernels.case import Case, unwritten
+from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 96
 ROWS = 4  # what is written for each thread
@@ -47,15 +48,15 @@ def host(x: cute.Tensor, out: cute.Tensor, stream):
     kernel(x, out).launch(grid=[1, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def tensors(generator: torch.Generator):
+def tensors(generator: RandomIntegers):
     return (
-        torch.randint(1, 300, (THREADS,), generator=generator, dtype=torch.int32),
+        integers(generator, (THREADS,), torch.int32, 1, 299),
         unwritten((ROWS, THREADS), torch.int32),
     )
 
 
 def build():
-    return compile_host(host, tensors(torch.Generator()))
+    return compile_host(host, tensors(RandomIntegers()))
 
 
 def reference(x, out):

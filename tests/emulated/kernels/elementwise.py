@@ -10,6 +10,7 @@ from cutlass import Float32, const_expr
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 64
 
@@ -49,7 +50,7 @@ def host(x: cute.Tensor, y: cute.Tensor, stream, config: cutlass.Constexpr):
     kernel(x, y, config).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     return (
         integers(generator, [config.length], config.dtype, -60, 60),
         unwritten([config.length], config.dtype),
@@ -57,7 +58,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(x, y):

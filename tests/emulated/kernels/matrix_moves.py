@@ -12,6 +12,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 LANES = 32
 PITCH = 24  # elements from one row in shared memory to the next: 48 bytes, so that rows are not one after another
@@ -69,14 +70,14 @@ def shapes(config: Config):
     return (config.rows, 8), (LANES, 2 * config.matrices)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     memory, registers = shapes(config)
     given, taken = (memory, registers) if config.direction == "load" else (registers, memory)
     return integers(generator, given, torch.int16, -30000, 30000), unwritten(taken, torch.int16)
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(config: Config, x, out):

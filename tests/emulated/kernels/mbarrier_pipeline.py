@@ -15,6 +15,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 ROWS, COLUMNS = 4, 32
 WARP = 32
@@ -81,7 +82,7 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
     kernel(atom, tiles, x, out, config).launch(grid=[1, 1, 1], block=[WARP * (CONSUMERS + 1), 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     return (
         integers(generator, (config.steps * ROWS, COLUMNS), torch.float32),
         unwritten((CONSUMERS, COLUMNS), torch.float32),
@@ -89,7 +90,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(x, out):

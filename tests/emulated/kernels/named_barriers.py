@@ -9,6 +9,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 HALF = 64
 STEPS = 5
@@ -47,13 +48,13 @@ def host(x: cute.Tensor, out: cute.Tensor, stream):
     kernel(x, out).launch(grid=[1, 1, 1], block=[2 * HALF, 1, 1], stream=stream)
 
 
-def tensors(generator: torch.Generator):
+def tensors(generator: RandomIntegers):
     shape = (STEPS, HALF)
     return integers(generator, shape, torch.int32, -1000, 1000), unwritten(shape, torch.int32)
 
 
 def build():
-    return compile_host(host, tensors(torch.Generator()))
+    return compile_host(host, tensors(RandomIntegers()))
 
 
 def reference(x, out):

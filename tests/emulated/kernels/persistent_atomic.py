@@ -9,6 +9,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 64
 TILES = 11
@@ -51,7 +52,7 @@ def host(x: cute.Tensor, counters: cute.Tensor, out: cute.Tensor, stream):
     kernel(counters, x, out).launch(grid=[CTAS, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def tensors(generator: torch.Generator):
+def tensors(generator: RandomIntegers):
     shape = (TILES, THREADS)
     return (
         integers(generator, shape, torch.int32, -1000, 1000),
@@ -61,7 +62,7 @@ def tensors(generator: torch.Generator):
 
 
 def build():
-    return compile_host(host, tensors(torch.Generator()))
+    return compile_host(host, tensors(RandomIntegers()))
 
 
 def reference(x, counters, out):

@@ -13,6 +13,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import ELEMENTS, compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 128
 COLUMNS = 512  # all of tensor memory: the accumulator from column 0, A from the middle
@@ -245,7 +246,7 @@ def operand(generator, rows: int, k: int, dtype: torch.dtype, major: str):
     return integers(generator, shape, dtype, -4 if dtype.is_signed else 0, 4)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     return (
         operand(generator, config.m, config.k, config.a, config.a_major),
         operand(generator, config.n, config.k, config.b, config.b_major),
@@ -254,7 +255,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(config: Config, a, b, out):

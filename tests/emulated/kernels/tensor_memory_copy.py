@@ -13,6 +13,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 LANES = 128
 ALLOCATED = 32  # columns
@@ -98,7 +99,7 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
     kernel(x, out, config).launch(grid=[1, 1, 1], block=[LANES, 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     return (
         integers(generator, (config.rows, config.words), torch.int32, 0, 1 << 30),
         unwritten((LANES, config.words), torch.int32),
@@ -106,7 +107,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(config: Config, x, out):

@@ -15,6 +15,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 LANES = 128
 ALLOCATED = 512  # columns
@@ -107,7 +108,7 @@ def host(
     kernel(memory, registers, loaded, stored, config).launch(grid=[1, 1, 1], block=[LANES, 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     # Halves: what a load takes from memory, and a store of registers leaves there, is 16 bits a column.
     limit = 0x7FFF if config.halves else 1 << 30
     return (
@@ -119,7 +120,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def positions(config: Config):

@@ -17,6 +17,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 64
 # Outer extents of the box, innermost first, by the number of dimensions.
@@ -115,7 +116,7 @@ def host(origin: cute.Tensor, x: cute.Tensor, raw: cute.Tensor, out: cute.Tensor
     )
 
 
-def tensors(config: Config, origin: tuple[int, ...], generator: torch.Generator):
+def tensors(config: Config, origin: tuple[int, ...], generator: RandomIntegers):
     shape = config.shape[::-1]
     return (
         torch.tensor(origin, dtype=torch.int32),
@@ -127,7 +128,7 @@ def tensors(config: Config, origin: tuple[int, ...], generator: torch.Generator)
 
 @functools.cache
 def build(config: Config):
-    return compile_host(host, tensors(config, (0,) * config.rank, torch.Generator()), config)
+    return compile_host(host, tensors(config, (0,) * config.rank, RandomIntegers()), config)
 
 
 def reference(config: Config, origin, x, raw, out):

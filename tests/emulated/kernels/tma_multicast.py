@@ -12,6 +12,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 ROWS, COLUMNS = 16, 32
 THREADS = 64
@@ -70,7 +71,7 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
     )
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     """x is wider than a tile, so that rows of a tile are apart in it."""
     return (
         integers(generator, (TILES * ROWS, COLUMNS + 16), torch.float32),
@@ -79,7 +80,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(x, out):

@@ -11,6 +11,7 @@ from cutlass.memory import SmemAllocator
 
 from tests.emulated.kernels.case import Case, integers
 from tests.emulated.kernels.compiling import compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 
 THREADS = 32
 ROWS = 8
@@ -61,7 +62,7 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
     kernel(atom, target, x, config).launch(grid=[CTAS, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     low = 0 if config.operation in ("AND", "OR", "XOR") else -20
     return (
         integers(generator, (CTAS, ROWS, config.columns), config.dtype, low, 20),
@@ -70,7 +71,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 OPERATIONS = {

@@ -14,6 +14,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from tests.emulated.kernels.case import Case, integers, unwritten
 from tests.emulated.kernels.compiling import ELEMENTS, compile_host
+from tests.emulated.kernels.random_integers import RandomIntegers
 from tests.emulated.kernels.wgmma_tf32 import MmaTF32Op
 
 ROWS = 64  # of a warpgroup
@@ -177,7 +178,7 @@ def operand(generator, rows: int, k: int, dtype: torch.dtype, major: str):
     return integers(generator, shape, dtype, -4 if dtype.is_signed else 0, 4)
 
 
-def tensors(config: Config, generator: torch.Generator):
+def tensors(config: Config, generator: RandomIntegers):
     return (
         operand(generator, ROWS, config.k, config.a, config.a_major),
         operand(generator, config.n, config.k, config.b, config.b_major),
@@ -186,7 +187,7 @@ def tensors(config: Config, generator: torch.Generator):
 
 
 def build(config: Config):
-    return compile_host(host, tensors(config, torch.Generator()), config)
+    return compile_host(host, tensors(config, RandomIntegers()), config)
 
 
 def reference(config: Config, a, b, out):
