@@ -30,10 +30,14 @@ MODULES = {
 }
 
 
-def cases(architecture: str) -> list[Case]:
+def cases_by_module(architecture: str) -> dict[str, list[Case]]:
     """The cases that run on `architecture`, which this process has to compile for (CUTE_DSL_ARCH)."""
-    modules = [importlib.import_module(f"tests.emulated.kernels.{name}") for name in MODULES[architecture]]
-    found = [case for module in modules for case in module.cases()]
-    names = [case.name for case in found]
+    modules = {name: importlib.import_module(f"tests.emulated.kernels.{name}") for name in MODULES[architecture]}
+    found = {name: module.cases() for name, module in modules.items()}
+    names = [case.name for cases in found.values() for case in cases]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
     return found
+
+
+def cases(architecture: str) -> list[Case]:
+    return [case for cases in cases_by_module(architecture).values() for case in cases]
