@@ -43,10 +43,11 @@ class Config(NamedTuple):
             torch.int8: "s8",
             torch.uint8: "u8",
         }
+        accumulator = "-to-f16" if self.accumulator == torch.float16 else ""
         shape = f"m{self.m}-n{self.n}-k{self.k}"
         pair = "-pair" if self.ctas == 2 else ""
         return (
-            f"tcgen05-{types[self.a]}-{types[self.b]}-{shape}-{self.a_major}major-{self.b_major}major"
+            f"tcgen05-{types[self.a]}-{types[self.b]}{accumulator}-{shape}-{self.a_major}major-{self.b_major}major"
             f"-{self.a_source}{pair}"
         )
 
@@ -199,10 +200,11 @@ def write(accumulator, out, thread, config: Config):
     """Tensor memory to registers to global memory, 8 columns at a time where a warp holds 16 rows."""
     source, target = accumulator[(None, None), 0, 0], out[(None, None), 0, 0]
     element = ELEMENTS[config.accumulator]
+    pack = tcgen05.Pack.PACK_16b_IN_32b if element.width == 16 else tcgen05.Pack.NONE
     if config.m // config.ctas == 64 and config.ctas == 1:
-        operation = tcgen05.Ld16x256bOp(tcgen05.Repetition.x1)
+        operation = tcgen05.Ld16x256bOp(tcgen05.Repetition.x1, pack)
     else:
-        operation = tcgen05.Ld32x32bOp(tcgen05.Repetition(16 if config.n % 16 == 0 else 8))
+        operation = tcgen05.Ld32x32bOp(tcgen05.Repetition(16 if config.n % 16 == 0 else 8), pack)
     copy = tcgen05.make_tmem_copy(cute.make_copy_atom(operation, element), source).get_slice(thread)
     source, target = copy.partition_S(source), copy.partition_D(target)
     values = cute.make_rmem_tensor(target.shape, element)
@@ -281,6 +283,7 @@ def configs() -> list[Config]:
     found += [Config(f32, f32, f32, 64, 16, 8), Config(f32, f32, f32, 128, 256, 32)]
     found += [Config(a, b, f32, 128, 64, 128) for a in (e4m3, e5m2) for b in (e4m3, e5m2)]
     found += [Config(e4m3, e4m3, f32, 64, 32, 64)]
+    found += [Config(dtype, dtype, f16, m, 64, 64) for dtype in (f16, e4m3) for m in (64, 128)]
     found += [Config(dtype, dtype, s32, 128, 64, 64) for dtype in (s8, u8)]
     found += [
         Config(dtype, dtype, f32, 128, 64, k, "K", b_major, "tensor")

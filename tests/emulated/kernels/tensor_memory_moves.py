@@ -156,6 +156,7 @@ def reference(config: Config, memory, registers, loaded, stored):
 CONFIGS = [
     *(Config(shape, 1 << i) for shape, (registers, _) in SHAPES.items() for i in range(8) if registers << i <= 128),
     *(Config("32x32b", repetitions, halves=True) for repetitions in (1, 4, 32)),
+    *(Config(shape, repetitions, halves=True) for shape in ("16x64b", "16x128b", "16x256b") for repetitions in (1, 4)),
 ]
 
 
