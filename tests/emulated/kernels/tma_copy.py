@@ -119,7 +119,8 @@ def host(origin: cute.Tensor, x: cute.Tensor, raw: cute.Tensor, out: cute.Tensor
 def tensors(config: Config, origin: tuple[int, ...], generator: RandomIntegers):
     shape = config.shape[::-1]
     return (
-        torch.tensor(origin, dtype=torch.int32),
+        # Padded: the compiler reads a vector of 4 where 3 are asked for.
+        torch.tensor((*origin, *[0] * (8 - len(origin))), dtype=torch.int32),
         integers(generator, shape, config.dtype, 1, 100),
         unwritten([math.prod(config.box)], config.dtype),
         unwritten(shape, config.dtype),
@@ -135,7 +136,8 @@ def reference(config: Config, origin, x, raw, out):
     """The box, zeros where it leaves the tensor, as it lies in shared memory; and the part inside, copied."""
     box = torch.zeros(config.box[::-1], dtype=x.dtype)
     outside, inside = [], []
-    for start, extent, length in zip(origin.tolist()[::-1], config.box[::-1], config.shape[::-1], strict=True):
+    starts = origin.tolist()[: config.rank][::-1]
+    for start, extent, length in zip(starts, config.box[::-1], config.shape[::-1], strict=True):
         low, high = max(start, 0), max(min(start + extent, length), max(start, 0))
         outside.append(slice(low, high))
         inside.append(slice(low - start, high - start))

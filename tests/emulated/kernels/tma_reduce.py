@@ -63,7 +63,8 @@ def host(x: cute.Tensor, out: cute.Tensor, stream, config: cutlass.Constexpr):
 
 
 def tensors(config: Config, generator: RandomIntegers):
-    low = 0 if config.operation in ("AND", "OR", "XOR") else -20
+    # The DSL describes 32-bit integers to TMA as unsigned.
+    low = -20 if config.dtype.is_floating_point or config.operation == "ADD" else 0
     return (
         integers(generator, (CTAS, ROWS, config.columns), config.dtype, low, 20),
         integers(generator, (13, config.columns + 16 // config.dtype.itemsize), config.dtype, low, 20),
