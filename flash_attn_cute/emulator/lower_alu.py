@@ -577,7 +577,8 @@ def warp_barrier(a: Assembler, i: Instruction) -> None:
     "createpolicy",
     "pmevent",
     "wgmma.fence",
-    "tcgen05.fence",
+    "tcgen05.fence::before_thread_sync",
+    "tcgen05.fence::after_thread_sync",
 )
 def nothing(a: Assembler, i: Instruction) -> None:
     """Orders or hints. One warp runs at a time and every write is seen at once, so there is nothing to do."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 from .assembler import Assembler, Unsupported, lowers
-from .ptx import Instruction, Vector, parse_immediate
+from .lower_memory import address_slots
+from .ptx import Address, Instruction, Vector, parse_immediate
 
 # As in machine.h: FORMAT_*.
 FORMATS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4, "s8": 5, "u8": 6, "e2m3": 7, "e3m2": 8, "e2m1": 9}
 FORMAT_BYTES = (2, 2, 4, 1, 1, 1, 1, 1, 1, 1)
-A_REGISTERS, A_MN, B_MN, A_NEGATED, B_NEGATED, HALF_SUMS = (1 << bit for bit in range(16, 22))
+A_REGISTERS, A_MN, B_MN, A_NEGATED, B_NEGATED, HALF_SUMS, INTEGER_SUMS, SATURATE = (1 << bit for bit in range(16, 24))
 
 
 @lowers("wgmma.mma_async")
@@ -18,10 +19,11 @@ def wgmma(a: Assembler, i: Instruction) -> None:
     shape = next(part for part in i.opcode if re.fullmatch(r"m64n\d+k\d+", part))
     n = int(re.search(r"n(\d+)", shape)[1])
     d_type, a_type, b_type = i.opcode[-3:]
-    if d_type not in ("f32", "f16") or a_type not in FORMATS or b_type not in FORMATS or "sp" in i.opcode:
+    if d_type not in ("f32", "f16", "s32") or a_type not in FORMATS or b_type not in FORMATS or "sp" in i.opcode:
         raise Unsupported(f"{d_type} sums")
     d, x, y, scale, *rest = i.operands
     sub = FORMATS[a_type] | FORMATS[b_type] << 4 | n // 8 << 8 | (d_type == "f16") * HALF_SUMS
+    sub |= (d_type == "s32") * INTEGER_SUMS | ("satfinite" in i.opcode) * SATURATE
     pool = a.vector(d)
     in_registers = isinstance(x, Vector)
     if in_registers:
@@ -55,3 +57,130 @@ def mma(a: Assembler, i: Instruction) -> None:
     pool = [slot for operand in i.operands for slot in a.vector(operand)]
     sub = FORMATS[a_type] | FORMATS[b_type] << 4 | row_bytes << 8 | (types[0] == "f16") << 16
     a.emit("mma", sub=sub, pool=pool)
+
+
+# -- tcgen05 -----------------------------------------------------------------------------------------------------------
+
+
+def _pair(i: Instruction) -> bool:
+    return "cta_group::2" in i.opcode
+
+
+def _tensor_address(a: Assembler, operand: Address) -> tuple[int, int]:
+    slot, offset, _ = a.address(operand)
+    return slot, offset
+
+
+@lowers("tcgen05.alloc")
+def tcgen05_alloc(a: Assembler, i: Instruction) -> None:
+    where, columns = i.operands
+    slot, offset, flag = address_slots(a, where)
+    a.emit("tcgen05_alloc", [slot, a.reg(columns)], sub=flag, imm=offset)
+
+
+@lowers("tcgen05.dealloc")
+def tcgen05_dealloc(a: Assembler, i: Instruction) -> None:
+    a.emit("tcgen05_dealloc", [a.reg(x) for x in i.operands])
+
+
+@lowers("tcgen05.relinquish_alloc_permit")
+def tcgen05_relinquish(a: Assembler, i: Instruction) -> None:
+    a.emit("tcgen05_relinquish")
+
+
+@lowers("tcgen05.wait::ld", "tcgen05.wait::st")
+def tcgen05_wait(a: Assembler, i: Instruction) -> None:
+    """Loads and stores of tensor memory are complete where they are issued."""
+    a.emit("nop")
+
+
+SHAPES = ("32x32b", "16x64b", "16x128b", "16x256b", "16x32bx2")
+
+
+@lowers("tcgen05.ld", "tcgen05.st")
+def tcgen05_move(a: Assembler, i: Instruction) -> None:
+    shape = SHAPES.index(next(part for part in i.opcode if part in SHAPES))
+    if "red" in i.opcode:
+        raise Unsupported("a reduction")
+    loading = i.opcode[1] == "ld"
+    registers, where, *split = i.operands if loading else (i.operands[-1], *i.operands[:-1])
+    slots = a.vector(registers)
+    packed = "pack::16b" in i.opcode or "unpack::16b" in i.opcode
+    slot, offset = _tensor_address(a, where)
+    sub = shape | packed << 4 | len(slots) << 8
+    distance = parse_immediate(split[0]) if split else 0
+    a.emit(f"tcgen05_{i.opcode[1]}", [slot], sub=sub, imm=distance, target=offset, pool=slots)
+
+
+@lowers("tcgen05.commit")
+def tcgen05_commit(a: Assembler, i: Instruction) -> None:
+    where, *mask = i.operands
+    slot, offset, flag = address_slots(a, where)
+    a.emit("tcgen05_commit", [slot, a.reg(mask[0]) if mask else -1], sub=flag, imm=offset)
+
+
+KINDS = {"kind::f16": 0, "kind::tf32": 1, "kind::f8f6f4": 2, "kind::i8": 3}
+
+
+@lowers("tcgen05.mma")
+def tcgen05_mma(a: Assembler, i: Instruction) -> None:
+    kind = next((KINDS[part] for part in i.opcode if part in KINDS), None)
+    known = {"tcgen05", "mma", "cta_group::1", "cta_group::2", *KINDS}
+    if kind is None or any(part not in known and "collector" not in part for part in i.opcode):
+        raise Unsupported("")
+    d, x, y, idesc, *rest = i.operands
+    held_back = []  # masks of lanes that are not written
+    if rest and isinstance(rest[0], Vector):
+        held_back = a.vector(rest.pop(0))
+    if len(rest) != 1:
+        raise Unsupported("a scale of the accumulator")
+    d_slot, d_offset = _tensor_address(a, d)
+    in_tensor_memory = isinstance(x, Address)
+    x_slot, x_offset = _tensor_address(a, x) if in_tensor_memory else (a.reg(x, 2), 0)
+    sub = kind | in_tensor_memory << 4 | _pair(i) << 5
+    slots = [d_slot, x_slot, a.reg(y, 2), a.reg(idesc), a.pred(rest[0])]
+    sub |= len(held_back) << 8
+    a.emit("tcgen05_mma", slots, sub=sub, imm=d_offset, target=x_offset, pool=held_back)
+
+
+COPIES = {"warpx4": 4, "warpx2::02_13": 2, "warpx2::01_23": 3}
+
+
+@lowers("tcgen05.cp")
+def tcgen05_cp(a: Assembler, i: Instruction) -> None:
+    shape = next(part for part in i.opcode if re.fullmatch(r"\d+x\d+b", part))
+    if any("b6x16" in part or "b4x16" in part or "b8x16" in part for part in i.opcode):
+        raise Unsupported("a change of format")
+    rows, bits = (int(number) for number in shape.removesuffix("b").split("x"))
+    copies = next((COPIES[part] for part in i.opcode if part in COPIES), 0)
+    where, descriptor = i.operands
+    slot, offset = _tensor_address(a, where)
+    sub = rows | bits // 128 << 8 | _pair(i) << 12 | copies << 16
+    a.emit("tcgen05_cp", [slot, a.reg(descriptor, 2)], sub=sub, imm=offset)
+
+
+# -- cluster launch control --------------------------------------------------------------------------------------------
+
+
+@lowers("clusterlaunchcontrol.try_cancel")
+def try_cancel(a: Assembler, i: Instruction) -> None:
+    answer, barrier = i.operands
+    slot, offset, flag = address_slots(a, answer)
+    other, other_offset, other_flag = address_slots(a, barrier)
+    sub = any("multicast" in part for part in i.opcode) | bool(other_flag) << 13 | flag
+    a.emit("clc_try_cancel", [slot, other], sub=sub, imm=offset, target=other_offset)
+
+
+@lowers("clusterlaunchcontrol.query_cancel")
+def query_cancel(a: Assembler, i: Instruction) -> None:
+    d, answer = i.operands
+    source = a.reg(answer, 4)
+    if "is_canceled" in i.opcode:
+        a.emit("clc_query", [a.reg(d), source], sub=3)
+    elif isinstance(d, Vector):
+        for axis, item in enumerate(d.items[:3]):
+            if item != "_":
+                a.emit("clc_query", [a.reg(item), source], sub=axis)
+    else:
+        axis = next(part[-1] for part in i.opcode if part.startswith("get_first_ctaid"))
+        a.emit("clc_query", [a.reg(d), source], sub="xyz".index(axis))

@@ -302,6 +302,7 @@ int format_bytes(int format);
 typedef struct {
     uint32_t start, lbo, sbo; /* bytes */
     uint32_t width, swizzle;  /* bytes of a swizzled row; address bits that the row number is mixed into */
+    uint32_t shift, group;    /* how far those bits are from the row number's; rows of an atom along k, MN-major */
     int mn_major, format;
 } SharedOperand;
 uint32_t operand_address(const SharedOperand *o, int mn, int k_byte, int mn_byte, int k);

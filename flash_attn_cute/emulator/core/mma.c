@@ -117,11 +117,11 @@ uint32_t operand_address(const SharedOperand *o, int mn, int k_byte, int mn_byte
     uint32_t width = o->width;
     if (o->mn_major) {
         uint32_t lbo = width == 16 ? o->sbo : o->lbo, sbo = width == 16 ? o->lbo : o->sbo;
-        offset = (uint32_t)mn_byte % width + (uint32_t)mn_byte / width * lbo + (uint32_t)(k % 8) * width + (uint32_t)(k / 8) * sbo;
+        offset = (uint32_t)mn_byte % width + (uint32_t)mn_byte / width * lbo + (uint32_t)k % o->group * width + (uint32_t)k / o->group * sbo;
     } else
         offset = (uint32_t)(mn % 8) * width + (uint32_t)(mn / 8) * o->sbo + (uint32_t)k_byte / width * o->lbo + (uint32_t)k_byte % width;
     uint32_t address = o->start + offset;
-    return address ^ ((address >> 3) & o->swizzle);
+    return address ^ ((address >> o->shift) & o->swizzle);
 }
 
 /* Decodes `count` rows (of M or N) from `first`, k elements each: out[row * row_stride + k * k_stride]. */

@@ -12,7 +12,7 @@ typedef struct {
     uint64_t base, strides[5];
     uint32_t dims[5], box[5];
     int rank, element, type;
-    uint32_t swizzle; /* as in SharedOperand */
+    uint32_t swizzle, shift; /* as in SharedOperand */
 } TensorMap;
 
 static TensorMap read_map(Machine *m, int32_t line, const uint32_t *words)
@@ -28,7 +28,11 @@ static TensorMap read_map(Machine *m, int32_t line, const uint32_t *words)
     t.type = (int)(words[2] >> 7 & 15);
     t.element = sizes[t.type];
     t.swizzle = swizzles[words[2] >> 13 & 7];
-    if (!t.element || t.rank > 5 || (words[2] >> 13 & 7) > 3)
+    t.shift = 3;
+    uint32_t atom = words[2] >> 19 & 3; /* 0: pieces of 16 bytes are moved, 1: of 32 */
+    if (atom == 1 && t.swizzle == 0x70)
+        t.swizzle = 0x60, t.shift = 2;
+    if (!t.element || t.rank > 5 || (words[2] >> 13 & 7) > 3 || atom > 1)
         machine_fault(m, FAULT_UNSUPPORTED, line, "tensor map of type %d, rank %d, swizzle %u", t.type, t.rank, words[2] >> 13 & 7);
     t.strides[0] = (uint64_t)t.element;
     for (int d = 1; d < 5; d++)
@@ -82,7 +86,7 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
         int64_t piece = 16 - (address & 15);
         if (piece > row_bytes - at)
             piece = row_bytes - at;
-        uint32_t physical = address ^ ((address >> 3) & t->swizzle);
+        uint32_t physical = address ^ ((address >> t->shift) & t->swizzle);
         uint8_t *shared = cta->shared + physical;
         int64_t from = at > skip ? at : skip, to = at + piece < skip + bytes ? at + piece : skip + bytes;
         if (load) {

@@ -11,15 +11,16 @@ typedef float v8 __attribute__((vector_size(32), aligned(4)));
 #define MAX_K 32
 
 /* sub: format of a | format of b << 4 | N / 8 << 8 | a in registers << 16 | a MN-major << 17 | b MN-major << 18 | negate a << 19 |
- * negate b << 20 | f16 accumulators << 21. r: descriptor or nothing, descriptor of b, scale-d. pool: d..., a... */
-enum { A_REGISTERS = 1 << 16, A_MN = 1 << 17, B_MN = 1 << 18, A_NEGATED = 1 << 19, B_NEGATED = 1 << 20, HALF_SUMS = 1 << 21 };
+ * negate b << 20 | f16 accumulators << 21 | s32 accumulators << 22 | saturating << 23. r: descriptor or nothing, descriptor of b, scale-d. pool: d..., a... */
+enum { A_REGISTERS = 1 << 16, A_MN = 1 << 17, B_MN = 1 << 18, A_NEGATED = 1 << 19, B_NEGATED = 1 << 20, HALF_SUMS = 1 << 21,
+       INTEGER_SUMS = 1 << 22, SATURATE = 1 << 23 };
 
 static SharedOperand describe(uint64_t d, int format, int mn_major)
 {
     static const uint32_t widths[] = {16, 128, 64, 32}, swizzles[] = {0, 0x70, 0x30, 0x10};
     SharedOperand o = {.start = (uint32_t)(d & 0x3fff) << 4, .lbo = (uint32_t)(d >> 16 & 0x3fff) << 4,
                        .sbo = (uint32_t)(d >> 32 & 0x3fff) << 4, .width = widths[d >> 62], .swizzle = swizzles[d >> 62],
-                       .mn_major = mn_major, .format = format};
+                       .shift = 3, .group = 8, .mn_major = mn_major, .format = format};
     return o;
 }
 
@@ -87,7 +88,7 @@ static void run_wgmma(Machine *m, AsyncOp *op)
     int n = (int)(in->sub >> 8 & 255) * 8, a_format = (int)in->sub & 15, b_format = (int)(in->sub >> 4) & 15;
     int k_count = 32 / format_bytes(b_format), registers = n / 2;
     const int32_t *d_slots = m->program.pool + in->pool;
-    int packed = (in->sub & HALF_SUMS) != 0;
+    int packed = (in->sub & HALF_SUMS) != 0, integer = (in->sub & INTEGER_SUMS) != 0;
     if (in->sub & A_REGISTERS)
         registers_to_rows(w, d_slots + (packed ? registers / 2 : registers), a_rows, a_format);
     else {
@@ -104,14 +105,23 @@ static void run_wgmma(Machine *m, AsyncOp *op)
     spread_b(b_rows, b_spread, n, k_count);
     float *d[MAX_N / 2];
     for (int r = 0; r < registers; r++) {
-        d[r] = packed ? sums[r] : (float *)lanes32(w, d_slots[r]);
-        if (!op->args[2])
+        d[r] = packed || integer ? sums[r] : (float *)lanes32(w, d_slots[r]);
+        if (!op->args[2] || integer)
             memset(d[r], 0, sizeof(float) * LANES);
         else if (packed)
             for (int lane = 0; lane < LANES; lane++)
                 d[r][lane] = half_to_float((uint16_t)(lanes32(w, d_slots[r / 2])[lane] >> (16 * (r & 1))));
     }
     multiply(d, a_spread, b_spread, n, k_count);
+    /* One instruction's sum of 8-bit products is exact in a float; the running sum may not be. */
+    for (int r = 0; integer && r < registers; r++)
+        for (int lane = 0; lane < LANES; lane++) {
+            int32_t *to = (int32_t *)&lanes32(w, d_slots[r])[lane];
+            int64_t sum = (op->args[2] ? *to : 0) + (int64_t)d[r][lane];
+            if (in->sub & SATURATE)
+                sum = sum > INT32_MAX ? INT32_MAX : sum < INT32_MIN ? INT32_MIN : sum;
+            *to = (int32_t)sum;
+        }
     for (int r = 0; packed && r < registers; r += 2)
         for (int lane = 0; lane < LANES; lane++)
             lanes32(w, d_slots[r / 2])[lane] = float_to_half(d[r][lane]) | ((uint32_t)float_to_half(d[r + 1][lane]) << 16);
