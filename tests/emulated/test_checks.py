@@ -1,0 +1,158 @@
+"""Each check fires, and says which kernel, line and warp; the schedules differ, and repeat with their seed."""
+
+import numpy as np
+import pytest
+
+from flash_attn_cute.emulator import errors
+from flash_attn_cute.emulator.engine import Engine
+from flash_attn_cute.emulator.launch import SCHEDULES, Allocation, EngineOptions, LaunchRecord
+
+HEADER = """.version 8.8
+.target {arch}
+.address_size 64
+.visible .entry k(.param .u64 p0) {{
+.reg .pred %p<9>; .reg .b32 %r<19>; .reg .b64 %rd<19>;
+.shared .align 16 .b8 memory[1024];
+mov.u32 %r0, %tid.x; mov.u32 %r1, memory; ld.param.b64 %rd0, [p0];
+"""
+
+
+def run(body, array=None, block=32, arch="sm_90a", writable=True, **options):
+    array = np.zeros(64, np.uint32) if array is None else array
+    text = HEADER.format(arch=arch) + body + "\nret;\n}"
+    allocation = Allocation(array.ctypes.data, array.nbytes, "the array", writable)
+    params = np.array([array.ctypes.data], np.uint64).tobytes()
+    record = LaunchRecord(text, "k", arch, (1, 1, 1), (block, 1, 1), (1, 1, 1), 0, params, [allocation])
+    return Engine(EngineOptions(sms=1, **options)).run(record)
+
+
+FIRES = {
+    "global memory, past a tensor": (errors.OutOfBounds, "the array", "ld.global.b32 %r2, [%rd0+256];"),
+    "global memory, before a tensor": (errors.OutOfBounds, "outside every tensor", "st.global.b32 [%rd0+-4], %r0;"),
+    "shared memory": (errors.OutOfBounds, "shared address", "st.shared.b32 [%r1+1024], %r0;"),
+    "shared memory below the first address": (
+        errors.OutOfBounds,
+        "shared address",
+        "mov.b32 %r2, 0; st.shared.b32 [%r2], %r0;",
+    ),
+    "alignment": (errors.Misaligned, "not aligned", "ld.global.b32 %r2, [%rd0+2];"),
+    "alignment of a vector": (errors.Misaligned, "16 bytes", "st.shared.v4.b32 [%r1+8], {%r0, %r0, %r0, %r0};"),
+    "shared memory nobody wrote": (errors.Uninitialised, "never written", "ld.shared.b32 %r2, [%r1+64];"),
+    "a barrier before it is one": (errors.BarrierMisuse, "before it was init", "mbarrier.arrive.shared.b64 _, [%r1];"),
+    "too many arrivals": (
+        errors.BarrierMisuse,
+        "2 more arrivals where 1 of 3",
+        "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [%r1], 3; mbarrier.arrive.shared.b64 _, [%r1], 2;",
+    ),
+    "counts of a named barrier": (errors.BarrierMisuse, "not a multiple", "bar.sync 1, 33;"),
+    "a wait for nothing": (errors.Deadlock, "warp 0.*named barrier 2: 32 of 64 threads", "bar.sync 2, 64;"),
+    "an mbarrier nobody completes": (
+        errors.Deadlock,
+        "PTX line 9.*for parity 0: 1 of 1 arrivals pending, 0 bytes outstanding",
+        "mbarrier.init.shared.b64 [%r1], 1;\nLOOP: mbarrier.try_wait.parity.shared.b64 %p1, [%r1], 0; @!%p1 bra LOOP;",
+    ),
+    "bytes outstanding at the end": (
+        errors.Leak,
+        "still counts 64 bytes",
+        "setp.ne.u32 %p1, %r0, 0; @%p1 bra END; mbarrier.init.shared.b64 [%r1], 1;"
+        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 64; END:",
+    ),
+    "a trap": (errors.Trap, "trapped", "trap;"),
+}
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_fires(name):
+    kind, message, body = FIRES[name]
+    with pytest.raises(kind, match="(?s)kernel k.*" + message):
+        run(body)
+
+
+def test_read_only_memory():
+    with pytest.raises(errors.OutOfBounds, match="outside every tensor|read only"):
+        run("st.global.b32 [%rd0], %r0;", writable=False)
+
+
+TENSOR_MEMORY = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32; ld.shared.b32 %r2, [%r1];"
+FREE = "tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 32;"
+FIRES_100 = {
+    "tensor memory never freed": (errors.Leak, "still allocated", ""),
+    "tensor memory nobody wrote": (
+        errors.Uninitialised,
+        "tensor memory lane",
+        "tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r3}, [%r2];" + FREE,
+    ),
+    "tensor memory outside the allocation": (
+        errors.OutOfBounds,
+        "column 32 .*not allocated",
+        "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r2+32], {%r0};" + FREE,
+    ),
+    "lanes of another warp": (
+        errors.OutOfBounds,
+        "reaches lanes 0 to 31",
+        "add.u32 %r3, %r2, 0x200000; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r3], {%r0};" + FREE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIRES_100)
+def test_fires_on_tensor_memory(name):
+    kind, message, body = FIRES_100[name]
+    with pytest.raises(kind, match="(?s)kernel k.*" + message):
+        run(TENSOR_MEMORY + body, arch="sm_100a")
+
+
+def test_checks_can_be_turned_off():
+    run("ld.shared.b32 %r2, [%r1+64];", checks=frozenset({"bounds"}))
+
+
+COPY = """mad.wide.u32 %rd1, %r0, 4, %rd0; shl.b32 %r2, %r0, 2; add.u32 %r2, %r1, %r2; st.shared.b32 [%r2], 0;
+cp.async.ca.shared.global [%r2], [%rd1], 4; cp.async.commit_group; WAIT
+ld.shared.b32 %r3, [%r2]; add.u32 %r3, %r3, 1; st.global.b32 [%rd1], %r3;"""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_copy_that_is_waited_for(schedule, seed):
+    array = np.arange(64, dtype=np.uint32)
+    run(COPY.replace("WAIT", "cp.async.wait_group 0;"), array, block=64, schedule=schedule, seed=seed)
+    assert (array == np.arange(64) + 1).all()
+
+
+def test_delayed_shows_a_copy_that_is_not_waited_for():
+    array = np.arange(64, dtype=np.uint32)
+    report = run(COPY.replace("WAIT", ""), array, block=64, schedule="delayed", seed=1)
+    assert (array != np.arange(64) + 1).any() and report.deferred_operations == 64
+
+
+ORDER = "setp.ne.u32 %p1, %r0, 0; and.b32 %r2, %r0, 31; setp.ne.u32 %p1, %r2, 0; @%p1 bra END;"
+ORDER += "atom.global.add.u32 %r3, [%rd0], 1; shr.u32 %r4, %r0, 5; mad.wide.u32 %rd1, %r3, 4, %rd0;"
+ORDER += "st.global.b32 [%rd1+4], %r4; END:"
+
+
+def warp_order(**options):
+    array = np.zeros(64, np.uint32)
+    run(ORDER, array, block=512, **options)
+    return list(array[1:17])
+
+
+def test_random_schedules_differ_by_seed_and_repeat():
+    assert warp_order() == list(range(16))
+    orders = [warp_order(schedule="random", seed=seed) for seed in range(4)]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    assert orders[2] == warp_order(schedule="random", seed=2)
+
+
+def test_report_counts_by_class():
+    report = run("ex2.approx.ftz.f32 %r2, %r0; fma.rn.f32 %r2, %r2, %r2, %r2; st.global.b32 [%rd0], %r2;", block=64)
+    counts = report.by_class()
+    assert counts["special"] == 2 and counts["fma"] == 2 and report.global_store_bytes == 64 * 4
+    assert sum(report.instructions[0].values()) == sum(report.instructions[1].values())
+    assert report.warp_instructions == sum(counts.values()) and report.ctas == 1
+
+
+def test_bank_conflicts():
+    same_bank = run("shl.b32 %r2, %r0, 7; and.b32 %r2, %r2, 1023; add.u32 %r2, %r2, %r1; st.shared.b32 [%r2], %r0;")
+    assert same_bank.bank_conflicts == 7
+    assert run("shl.b32 %r2, %r0, 2; add.u32 %r2, %r2, %r1; st.shared.b32 [%r2], %r0;").bank_conflicts == 0
