@@ -51,11 +51,11 @@ FIRES = {
         "PTX line 9.*for parity 0: 1 of 1 arrivals pending, 0 bytes outstanding",
         "mbarrier.init.shared.b64 [%r1], 1;\nLOOP: mbarrier.try_wait.parity.shared.b64 %p1, [%r1], 0; @!%p1 bra LOOP;",
     ),
-    "bytes outstanding at the end": (
+    "bytes that nothing expected": (
         errors.Leak,
-        "still counts 64 bytes",
+        "got 64 bytes that nothing expected",
         "setp.ne.u32 %p1, %r0, 0; @%p1 bra END; mbarrier.init.shared.b64 [%r1], 1;"
-        "mbarrier.arrive.expect_tx.shared.b64 _, [%r1], 64; END:",
+        "mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%r1], 64; END:",
     ),
     "a trap": (errors.Trap, "trapped", "trap;"),
 }

@@ -76,16 +76,22 @@ full:
     longjmp(m->escape, 1);
 }
 
-/* At a cluster's end: tensor memory still allocated, barriers that still expect bytes. */
+/* At a cluster's end: tensor memory still allocated, bytes that came and that no phase expected, loads still on their way.
+ * Bytes expected for which no copy was started are no leak: pipelines end that way, acquiring their stages once more. */
 void check_leaks(Cluster *cluster)
 {
+    Machine *m = cluster->ctas[0].machine;
+    for (const AsyncOp *op = m->pending; op; op = op->next)
+        if (op->cluster == cluster && op->kind == ASYNC_TMA_LOAD)
+            machine_fault(m, FAULT_LEAK, op->in->line, "CTA (%u,%u,%u) ended while this copy into shared memory was on its way",
+                          op->warp->cta->id[0], op->warp->cta->id[1], op->warp->cta->id[2]);
     for (int rank = 0; rank < cluster->size; rank++) {
         Cta *cta = &cluster->ctas[rank];
         for (uint32_t offset = SHARED_FIRST; offset + 8 <= cta->shared_bytes; offset += 8)
-            if (cta->shadow[offset] == 2 && mbarrier_outstanding(cta, offset) != 0)
+            if (cta->shadow[offset] == 2 && mbarrier_outstanding(cta, offset) < 0)
                 machine_fault(cta->machine, FAULT_LEAK, 0,
-                              "CTA (%u,%u,%u) ended while its mbarrier at shared address 0x%x still counts %d bytes", cta->id[0],
-                              cta->id[1], cta->id[2], offset, mbarrier_outstanding(cta, offset));
+                              "CTA (%u,%u,%u) ended while its mbarrier at shared address 0x%x got %d bytes that nothing expected", cta->id[0],
+                              cta->id[1], cta->id[2], offset, -mbarrier_outstanding(cta, offset));
         for (int column = 0; cta->tmem && column < TMEM_COLUMNS; column++)
             if (cta->tmem_owner[column])
                 machine_fault(cta->machine, FAULT_LEAK, 0, "CTA (%u,%u,%u) ended with tensor memory column %d still allocated",

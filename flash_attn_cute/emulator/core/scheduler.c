@@ -163,13 +163,13 @@ int launch_next(Machine *m, int slot)
 
 static void finish_cluster(Machine *m, Cluster *cluster)
 {
+    if (m->checks & CHECK_LEAKS)
+        check_leaks(cluster);
     async_drain(m, cluster);
     for (int rank = 0; rank < cluster->size; rank++)
         for (int index = 0; index < cluster->ctas[rank].warp_count; index++)
             for (int k = 0; k < CLASS_COUNT; k++)
                 m->totals.instructions[index][k] += cluster->ctas[rank].warps[index].counts[k];
-    if (m->checks & CHECK_LEAKS)
-        check_leaks(cluster);
     launch_next(m, cluster->slot);
 }
 
