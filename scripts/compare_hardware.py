@@ -78,7 +78,10 @@ def parse_args() -> argparse.Namespace:
     comparing.add_argument("--seed", type=int, default=0)
     for command in (recording, comparing):
         command.add_argument(
-            "--references", action="store_true", help="run no kernel, take the references' results: tests this script"
+            "--references",
+            action="store_true",
+            help="run no kernel but take what the references say, to try this script out; a kernel's forward, which "
+            "rounds P, differs from such a recording by more than it may from a GPU's",
         )
     return parser.parse_args()
 
