@@ -10,8 +10,10 @@ from torch import Tensor
 from flash_attn_cute import launch_sm90
 from flash_attn_cute.problem import AttentionTensors, Problem
 
-BACKENDS = ("auto", "cute", "reference")
-NO_BACKWARD = "backend='cute' has no backward: call it under torch.no_grad(), or use backend='reference' for gradients"
+BACKENDS = ("auto", "cute", "emulator", "reference")
+NO_BACKWARD = (
+    "the CuTe kernels have no backward: call them under torch.no_grad(), or use backend='reference' for gradients"
+)
 
 
 class Support(NamedTuple):
@@ -74,7 +76,8 @@ def flash_attn_varlen_func(
     deterministic: the forward is always bitwise reproducible; accepted for callers that ask.
     return_lse: also return the log-sum-exp of each row, natural logarithm, float32: (H, total_q) or (B, H, Sq).
     out: where to write, as q with Dv.
-    backend: "auto", "cute" (the CuTe kernels) or "reference" (plain PyTorch in fp64, any device, differentiable).
+    backend: "auto", "cute" (the CuTe kernels), "reference" (plain PyTorch in fp64, any device, differentiable) or
+        "emulator" (CPU tensors through the compiled SM90 kernel, interpreted; for checking, not for speed).
 
     A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one
     and the row is a query). Returns out, or (out, lse). See DESIGN sections 3 and 5 for what is promised about bits.
@@ -181,7 +184,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
         return Support(False, "scheduler_metadata")
     problem = Problem.from_arguments(tensors, **named)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
-    if chosen == "cute" and _wants_gradients(tensors):
+    if chosen != "reference" and _wants_gradients(tensors):
         reason = NO_BACKWARD
     return Support(reason is None, reason or "")
 
@@ -241,11 +244,16 @@ def _capability(device: Any) -> tuple[int, int] | str:
 def _choose(problem: Problem, backend: str, capability: tuple[int, int] | str) -> tuple[str | None, str | None]:
     """(backend, None), or (None, why none of them takes the problem)."""
     if backend not in BACKENDS:
-        if backend in ("emulator", "triton", "cute+triton"):
+        if backend in ("triton", "cute+triton"):
             return None, f"backend={backend!r} is not built yet"
         raise ValueError(f"backend: got {backend!r}; takes one of {', '.join(BACKENDS)}")
     if backend == "reference" or (backend == "auto" and capability == "cpu"):
         return "reference", None
+    if backend == "emulator":
+        if capability != "cpu":
+            return None, "backend='emulator' takes CPU tensors"
+        reason = launch_sm90.unsupported(problem)
+        return (None, f"SM90 kernel: {reason}") if reason else ("emulator", None)
     if isinstance(capability, str):
         return None, f"backend={backend!r} on device type {capability}: the CuTe kernels need a CUDA device"
     if capability[0] != 9:
@@ -267,6 +275,10 @@ def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[
         return out, lse
     if _wants_gradients(tensors):
         raise NotImplementedError(NO_BACKWARD)
+    if chosen == "emulator":
+        from flash_attn_cute.emulator import backend as emulator
+
+        return emulator.run(tensors, problem)
     return launch_sm90.run(tensors, problem)
 
 

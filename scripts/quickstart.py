@@ -1,6 +1,6 @@
 """Variable-length attention on a ragged batch, checked against fp64 and shown as a table.
 
-On a Hopper GPU the CuTe kernel computes it; elsewhere the reference does, which checks the installation, not a kernel.
+On a Hopper GPU the CuTe kernel computes it; elsewhere the same compiled kernel does, interpreted by the emulator.
 Exits with 1 if a sequence is off by more than its bound. scripts/quickstart.sh starts it; by hand it needs the package
 installed, or the repository on PYTHONPATH.
 """
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flash_attn_cute import flash_attn_varlen_func, supports
+from flash_attn_cute.emulator.build import CompilerError, find_compiler
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.reference import attention_plain, attention_reference
 
@@ -60,17 +61,29 @@ def ragged_batch(device: torch.device) -> AttentionTensors:
     )
 
 
-def best_batch(cpu_only: bool) -> tuple[AttentionTensors, str]:
-    """The batch on the best device there is, and in words what computes it there."""
-    reference = "the PyTorch reference on the CPU"
-    if cpu_only or not torch.cuda.is_available():
-        return ragged_batch(torch.device("cpu")), reference
-    tensors = ragged_batch(torch.device("cuda"))
-    name = torch.cuda.get_device_name()
-    support = supports(*tensors[:5], causal=True)
-    if support:
-        return tensors, f"the CuTe kernel on {name}"
-    return ragged_batch(torch.device("cpu")), f"{reference} ({name}: {support.reason})"
+class Choice(NamedTuple):
+    tensors: AttentionTensors
+    backend: str
+    computed_by: str
+
+
+def best_choice(reference_only: bool) -> Choice:
+    """The batch on the best device there is, the backend for it, and in words what computes it."""
+    on_cpu = ragged_batch(torch.device("cpu"))
+    if reference_only:
+        return Choice(on_cpu, "reference", "the PyTorch reference")
+    why = "there is no CUDA GPU"
+    if torch.cuda.is_available():
+        tensors = ragged_batch(torch.device("cuda"))
+        support, why = supports(*tensors[:5], causal=True), torch.cuda.get_device_name()
+        if support:
+            return Choice(tensors, "auto", f"the CuTe kernel on {why}")
+        why = f"{why}: {support.reason}"
+    try:
+        find_compiler()
+    except CompilerError as missing:
+        return Choice(on_cpu, "reference", f"the PyTorch reference ({why}; {missing})")
+    return Choice(on_cpu, "emulator", f"the compiled SM90 kernel in the emulator ({why})")
 
 
 def largest(difference: torch.Tensor) -> float:
@@ -101,10 +114,15 @@ def sequence_errors(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cpu", action="store_true", help="run the reference even where there is a kernel")
-    tensors, computed_by = best_batch(parser.parse_args().cpu)
+    parser.add_argument("--reference", action="store_true", help="run the reference, and no kernel")
+    tensors, backend, computed_by = best_choice(parser.parse_args().reference)
     got = flash_attn_varlen_func(
-        *tensors[:5], max_seqlen_q=max(LENGTHS_Q), max_seqlen_k=max(LENGTHS_K), causal=True, return_lse=True
+        *tensors[:5],
+        max_seqlen_q=max(LENGTHS_Q),
+        max_seqlen_k=max(LENGTHS_K),
+        causal=True,
+        return_lse=True,
+        backend=backend,
     )
     problem = Problem.from_arguments(tensors, causal=True, return_lse=True)
     expected = attention_reference(tensors, problem, round_output=False)

@@ -35,7 +35,7 @@ def shared_library(name: str, sources: Sequence[Path], flags: Iterable[str] = DE
     The digest covers the flags, the compiler's name and, for each source, every .c, .h, .def and .inc file in its
     directory, so that a changed header rebuilds too. Libraries (-lm) may be among the flags.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     command = [*compiler, *_ALWAYS, *flags]
     library = f"lib{name}-{_digest(command, sources)}.so"
     target = _directory() / library
@@ -54,7 +54,7 @@ def shared_library(name: str, sources: Sequence[Path], flags: Iterable[str] = DE
 
 
 @functools.cache
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
     """The compiler's command: what CC says, else the first that is installed."""
     asked = shlex.split(os.environ.get("CC", ""))
     for command in [asked] if asked else [[name] for name in _COMPILERS]:

@@ -39,9 +39,8 @@ def test_reference_backend_has_gradients():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"backend": "fast"}, ValueError, "backend: got 'fast'; takes one of auto, cute, reference"),
+        ({"backend": "fast"}, ValueError, "backend: got 'fast'; takes one of auto, cute, emulator, reference"),
         ({"backend": "triton"}, NotImplementedError, "backend='triton' is not built yet"),
-        ({"backend": "emulator"}, NotImplementedError, "backend='emulator' is not built yet"),
         ({"backend": "cute"}, NotImplementedError, "device type cpu"),
         ({"scheduler_metadata": object()}, NotImplementedError, "scheduler_metadata"),
     ],
@@ -61,6 +60,9 @@ def test_what_is_not_there_is_refused(options, error, message):
         ((9, 0), {"num_splits": 4}, "num_splits=4"),
         ((9, 0), {"page_table": torch.zeros(3, 2, dtype=torch.int32)}, "page_table"),
         ((9, 0), {"backend": "triton"}, "not built"),
+        ("cpu", {"backend": "emulator"}, ""),
+        ((9, 0), {"backend": "emulator"}, "takes CPU tensors"),
+        ("cpu", {"backend": "emulator", "num_splits": 4}, "num_splits=4"),
     ],
 )
 def test_supports_says_why_not(device, options, reason):
