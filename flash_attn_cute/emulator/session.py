@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -31,6 +32,11 @@ class Session:
     @property
     def arch(self) -> str:
         return self.device.arch
+
+    def reschedule(self, schedule: str, seed: int = 0) -> None:
+        """Run the launches that follow under another schedule or seed."""
+        self.options = dataclasses.replace(self.options, schedule=schedule, seed=seed)
+        self._engine = None
 
     def execute(self, record: LaunchRecord) -> None:
         """Runs one launch to its end. Called for every launch of the program; replace it to look at records instead."""
