@@ -80,7 +80,8 @@ def flash_attn_varlen_func(
         "emulator" (CPU tensors through the compiled SM90 kernel, interpreted; for checking, not for speed).
 
     A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one
-    and the row is a query). Returns out, or (out, lse). See DESIGN sections 3 and 5 for what is promised about bits.
+    and the row is a query). Returns out, or (out, lse). Each row's bits depend on
+    its own query, keys and values alone: not on the batch around it, on packing or on the scheduler.
 
     Raises ValueError or TypeError for wrong arguments, each naming the argument; NotImplementedError for a combination
     that the chosen backend does not have. Nothing is compiled or launched before that.
