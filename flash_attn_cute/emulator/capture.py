@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flash_attn_cute.emulator import build, parameters
 from flash_attn_cute.emulator.devices import Device
+from flash_attn_cute.emulator.graphs import Graphs
 from flash_attn_cute.emulator.launch import EmulatorError, LaunchRecord
 from flash_attn_cute.emulator.memory import Memory
 from flash_attn_cute.emulator.modules import Modules, read_image
 
 _HOST = Path(__file__).parent / "host"
-_SUCCESS, _INVALID_VALUE, _LAUNCH_FAILURE = 0, 1, 719
+_SUCCESS, _INVALID_VALUE, _LAUNCH_FAILURE, _COOPERATIVE_LAUNCH_TOO_LARGE = 0, 1, 719, 720
 _CLUSTER_LIMIT = 16  # CTAs; beyond 8 a kernel has to ask, and what it asks is not looked at
 
 _pointer, _handle_out = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
@@ -38,7 +40,10 @@ class _Callbacks(ctypes.Structure):
         ("load_library", _callback(_pointer, _handle_out)),
         ("unload_library", _callback(_pointer)),
         ("get_kernel", _callback(_pointer, ctypes.c_char_p, _handle_out)),
-        ("launch", _callback(_pointer, _triple, _triple, _triple, ctypes.c_uint64, ctypes.POINTER(_pointer))),
+        (
+            "launch",
+            _callback(_pointer, *[_triple] * 3, ctypes.c_uint64, ctypes.c_int, ctypes.POINTER(_pointer)),
+        ),
         ("kernel_attribute", _callback(_pointer, ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
         ("device_attribute", _callback(ctypes.c_int, ctypes.POINTER(ctypes.c_int))),
         ("allocated", _callback(_pointer, ctypes.c_uint64, result=None)),
@@ -49,7 +54,9 @@ class _Callbacks(ctypes.Structure):
 
 @functools.cache
 def host_library() -> Path:
-    return build.shared_library("emulator_host", [_HOST / "runtime.c", _HOST / "dlpack.c"], ("-O2", "-lpthread"))
+    return build.shared_library(
+        "emulator_host", [_HOST / name for name in ("runtime.c", "dlpack.c", "tensor_map.c")], ("-O2", "-lpthread")
+    )
 
 
 class Capture:
@@ -64,6 +71,7 @@ class Capture:
         self.memory = Memory(self.host)
         self.device: Device | None = None
         self.execute: Callable[[LaunchRecord], None] | None = None
+        self.graphs = Graphs(lambda record: self.execute(record))
         self.failure: BaseException | None = None
         # Handles are positions, from 1 on: 0 is a null pointer.
         self._images: list[bytes] = []
@@ -92,7 +100,8 @@ class Capture:
             try:
                 return method(*arguments)
             except BaseException as error:  # noqa: BLE001 - an interrupt has to get through C as well
-                self.failure = error
+                # The first one: what follows it, in host code that ignores a status, follows from it.
+                self.failure = self.failure or error
                 return _LAUNCH_FAILURE
 
         return call
@@ -112,24 +121,27 @@ class Capture:
         kernel[0] = len(self._kernels)
         return _SUCCESS
 
-    def _launch(self, kernel: int, grid: Any, block: Any, cluster: Any, dynamic_smem: int, arguments: Any) -> int:
+    def _launch(
+        self, kernel: int, grid: Any, block: Any, cluster: Any, dynamic_smem: int, cooperative: int, arguments: Any
+    ) -> int:
         if self.execute is None or self.device is None:
             raise EmulatorError("a kernel was launched outside `emulate(...)`; it can only run inside")
         ptx, entry = self._source(kernel)
         params = _gather(parameters.layout(ptx, entry), arguments)
-        self.execute(
-            LaunchRecord(
-                ptx=ptx,
-                entry=entry,
-                arch=self.device.arch,
-                grid=_checked(entry, "grid", grid),
-                block=_checked(entry, "block", block),
-                cluster=_checked(entry, "cluster", cluster),
-                dynamic_smem=dynamic_smem,
-                params=params,
-                allocations=self.memory.of_launch(params),
-            )
+        record = LaunchRecord(
+            ptx=ptx,
+            entry=entry,
+            arch=self.device.arch,
+            grid=_checked(entry, "grid", grid),
+            block=_checked(entry, "block", block),
+            cluster=_checked(entry, "cluster", cluster),
+            dynamic_smem=dynamic_smem,
+            params=params,
+            allocations=self.memory.of_launch(params),
         )
+        if cooperative and math.prod(record.grid) > self.device.sms:
+            return _COOPERATIVE_LAUNCH_TOO_LARGE  # an answer that programs ask for, so no failure of ours
+        self.graphs.launch(record)
         return _SUCCESS
 
     def _source(self, kernel: int) -> tuple[str, str]:

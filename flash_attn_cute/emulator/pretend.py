@@ -10,7 +10,7 @@ from flash_attn_cute.emulator.patching import Patches
 
 def install(patches: Patches, capture: Capture, gpu: Device) -> None:
     """Until the patches are restored. Comes before the program imports the DSL, which asks for a device then."""
-    pretend_driver.install(patches, gpu, capture.memory)
+    pretend_driver.install(patches, gpu, capture)
     pretend_cuda.install(patches, gpu)
     pretend_tensors.install(patches, capture.host, capture.memory)
 

@@ -120,8 +120,16 @@ def _set_stream(stream) -> None:
     _Streams.current = stream
 
 
-def _refuse_graphs(*args, **kwargs):
-    raise EmulatorError("CUDA graphs are not emulated: launch the work itself")
+def _refusal(name: str) -> Callable:
+    def refuse(*args, **kwargs):
+        raise EmulatorError(f"torch.cuda.{name} is not emulated: run the work itself, without a graph")
+
+    return refuse
+
+
+def _seed(seed: int) -> None:
+    """Random tensors "on CUDA" come from the CPU's generator."""
+    torch.default_generator.manual_seed(seed)
 
 
 def _properties(gpu: devices.Device) -> types.SimpleNamespace:
@@ -152,55 +160,52 @@ def _constant(value: Any) -> Callable:
 
 
 def _answers(gpu: devices.Device) -> dict[str, Any]:
-    nothing, zero = _constant(None), _constant(0)
+    # A function of its own for every name: torch.compile's tables hold one rule for an object.
     return {
         "is_available": _constant(True),
         "is_initialized": _constant(True),
         "is_bf16_supported": _constant(True),
         "is_current_stream_capturing": _constant(False),
-        "init": nothing,
-        "_lazy_init": nothing,
+        "init": _constant(None),
+        "_lazy_init": _constant(None),
         "device_count": _constant(1),
-        "current_device": zero,
-        "set_device": nothing,
+        "current_device": _constant(0),
+        "set_device": _constant(None),
         "device": Device,
-        "device_of": Device,
-        "_DeviceGuard": Device,
+        "device_of": type("device_of", (Device,), {}),
+        "_DeviceGuard": type("_DeviceGuard", (Device,), {}),
         "get_device_capability": _constant(gpu.capability),
         "get_device_properties": _constant(_properties(gpu)),
         "get_device_name": _constant(gpu.name),
         "get_arch_list": _constant([gpu.arch]),
         "can_device_access_peer": _constant(False),
-        "synchronize": nothing,
+        "synchronize": _constant(None),
         "Stream": Stream,
         "ExternalStream": ExternalStream,
         "Event": Event,
         "stream": use_stream,
-        "StreamContext": use_stream,
         "set_stream": _set_stream,
         "current_stream": lambda device=None: _Streams.current,
         "default_stream": lambda device=None: _Streams.default,
-        "CUDAGraph": _refuse_graphs,
-        "graph": _refuse_graphs,
-        "make_graphed_callables": _refuse_graphs,
-        "empty_cache": nothing,
-        "ipc_collect": nothing,
+        **{name: _refusal(name) for name in ("CUDAGraph", "graph", "make_graphed_callables")},
+        "empty_cache": _constant(None),
+        "ipc_collect": _constant(None),
         # torch.manual_seed calls the second, so this is not torch.manual_seed.
-        "manual_seed": torch.default_generator.manual_seed,
-        "manual_seed_all": torch.default_generator.manual_seed,
-        "seed": torch.default_generator.seed,
-        "seed_all": torch.default_generator.seed,
-        "initial_seed": torch.initial_seed,
+        "manual_seed": lambda seed: _seed(seed),
+        "manual_seed_all": lambda seed: _seed(seed),
+        "seed": lambda: _seed(torch.default_generator.seed()),
+        "seed_all": lambda: _seed(torch.default_generator.seed()),
+        "initial_seed": lambda: torch.default_generator.initial_seed(),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "mem_get_info": _constant((gpu.memory, gpu.memory)),
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
-        "reset_max_memory_allocated": nothing,
-        "_sleep": nothing,
+        "memory_allocated": _constant(0),
+        "max_memory_allocated": _constant(0),
+        "memory_reserved": _constant(0),
+        "max_memory_reserved": _constant(0),
+        "reset_peak_memory_stats": _constant(None),
+        "reset_max_memory_allocated": _constant(None),
+        "_sleep": _constant(None),
     }
 
 

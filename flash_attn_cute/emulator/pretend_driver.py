@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flash_attn_cute.emulator import devices
+from flash_attn_cute.emulator.capture import Capture
 from flash_attn_cute.emulator.launch import EmulatorError
 from flash_attn_cute.emulator.memory import Memory
 from flash_attn_cute.emulator.patching import Patches
@@ -67,15 +68,22 @@ def _nothing(*args: Any) -> None:
     return None
 
 
-class _Unknown(Exception):
-    """An attribute that the device table does not have."""
+class _Refused(Exception):
+    """The arguments are ones that CUDA would refuse, or ask for what the device table does not have."""
+
+
+class _Several(tuple):
+    """More than one value to return."""
+
+    def __new__(cls, *values: Any):
+        return super().__new__(cls, values)
 
 
 def _attribute(gpu: devices.Device) -> Callable:
     def read(attribute: Any, device: Any = 0) -> int:
         value = gpu.attribute(int(attribute))
         if value is None:
-            raise _Unknown
+            raise _Refused
         return value
 
     return read
@@ -92,7 +100,7 @@ class _Events:
         return 1e3 * (self._moments[int(end)] - self._moments[int(start)])
 
 
-def _shared(gpu: devices.Device, memory: _HostMemory) -> dict[str, Callable]:
+def _shared(gpu: devices.Device) -> dict[str, Callable]:
     """What driver and runtime both have, under the names that they share."""
     events = _Events()
     return {
@@ -164,6 +172,52 @@ def _driver(gpu: devices.Device, memory: _HostMemory, module: types.ModuleType) 
     }
 
 
+def _tensor_map(capture: Capture, module: types.ModuleType) -> Callable:
+    def encode(type_, rank, address, dimensions, strides, box, element_strides, interleave, swizzle, promotion, fill):
+        tensor_map = module.CUtensorMap()
+        words = ctypes.create_string_buffer(128)
+        status = capture.host._cuTensorMapEncodeTiled(
+            words,
+            int(type_),
+            int(rank),
+            ctypes.c_void_p(int(address)),
+            (ctypes.c_uint64 * 5)(*map(int, dimensions)),
+            (ctypes.c_uint64 * 5)(*map(int, strides)),
+            (ctypes.c_uint32 * 5)(*map(int, box)),
+            (ctypes.c_uint32 * 5)(*map(int, element_strides)),
+            *map(int, (interleave, swizzle, promotion, fill)),
+        )
+        if status:
+            raise _Refused
+        ctypes.memmove(tensor_map.getPtr(), words, 128)
+        return tensor_map
+
+    return encode
+
+
+def _graphs(capture: Capture, module: types.ModuleType) -> dict[str, Callable]:
+    """Only in the runtime's form, which is what the DSL's benchmarking uses."""
+    graphs, status = capture.graphs, module.cudaStreamCaptureStatus
+
+    def nodes(graph: Any, count: int = 0) -> Any:
+        size = graphs.size(int(graph))
+        return _Several([module.cudaGraphNode_t(i + 1) for i in range(min(count, size))], size)
+
+    def is_capturing(stream: Any) -> Any:
+        return status.cudaStreamCaptureStatusActive if graphs.capturing else status.cudaStreamCaptureStatusNone
+
+    return {
+        "StreamBeginCapture": lambda stream, mode: graphs.begin(),
+        "StreamEndCapture": lambda stream: module.cudaGraph_t(graphs.end()),
+        "StreamIsCapturing": is_capturing,
+        "GraphGetNodes": nodes,
+        "GraphInstantiate": lambda graph, flags=0: module.cudaGraphExec_t(int(graph)),
+        "GraphLaunch": lambda graph, stream: graphs.replay(int(graph)),
+        "GraphDestroy": _nothing,
+        "GraphExecDestroy": _nothing,
+    }
+
+
 def _runtime(gpu: devices.Device, memory: _HostMemory, module: types.ModuleType) -> dict[str, Callable]:
     def handle(kind: str) -> Callable:
         return lambda *args: getattr(module, kind)(next(_handles))
@@ -178,7 +232,6 @@ def _runtime(gpu: devices.Device, memory: _HostMemory, module: types.ModuleType)
         "RuntimeGetVersion": lambda: devices.DRIVER_VERSION,
         "StreamCreate": handle("cudaStream_t"),
         "StreamCreateWithFlags": handle("cudaStream_t"),
-        "StreamIsCapturing": lambda stream: module.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone,
         "EventCreate": handle("cudaEvent_t"),
         "EventCreateWithFlags": handle("cudaEvent_t"),
         "OccupancyMaxActiveBlocksPerMultiprocessor": lambda *args: 1,
@@ -197,15 +250,17 @@ def _runtime(gpu: devices.Device, memory: _HostMemory, module: types.ModuleType)
 _LEFT = {"GetErrorName", "GetErrorString"}
 
 
-def install(patches: Patches, gpu: devices.Device, memory: Memory) -> None:
+def install(patches: Patches, gpu: devices.Device, capture: Capture) -> None:
     from cuda.bindings import driver, runtime
 
-    host_memory = _HostMemory(memory)
-    shared = _shared(gpu, host_memory)
+    memory = _HostMemory(capture.memory)
+    shared = _shared(gpu)
+    answers = shared | _driver(gpu, memory, driver) | {"TensorMapEncodeTiled": _tensor_map(capture, driver)}
     status, failure = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    _install(patches, driver, "cu", shared | _driver(gpu, host_memory, driver), status, failure)
+    _install(patches, driver, "cu", answers, status, failure)
+    answers = shared | _runtime(gpu, memory, runtime) | _graphs(capture, runtime)
     status, failure = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorInvalidValue
-    _install(patches, runtime, "cuda", shared | _runtime(gpu, host_memory, runtime), status, failure)
+    _install(patches, runtime, "cuda", answers, status, failure)
 
 
 def _install(
@@ -225,8 +280,10 @@ def _with_status(answer: Callable, status: Any, failure: Any) -> Callable:
     def call(*args, **kwargs):
         try:
             value = answer(*args, **kwargs)
-        except _Unknown:
+        except _Refused:
             return (failure, None)
+        if isinstance(value, _Several):
+            return (status, *value)
         return (status,) if value is None else (status, value)
 
     return call

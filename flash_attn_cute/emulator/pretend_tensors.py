@@ -27,6 +27,7 @@ CUDA = torch.device("cuda", 0)
 _CPU = torch.device("cpu")
 _MARK = "_emulated_on_cuda"
 _DLPACK_CUDA = 2
+_CUDA_ALIGNMENT = 256
 
 _below_mode = threading.local()
 
@@ -48,6 +49,32 @@ def mark(value: Any, cuda: bool = True) -> Any:
     elif isinstance(value, dict):
         mark(list(value.values()), cuda)
     return value
+
+
+def _created(value: Any) -> Any:
+    """Marks what was made on CUDA, and moves it to memory that is aligned as CUDA's: kernels count on it."""
+    for tensor in _tensors(value):
+        if _MARK not in tensor.__dict__:
+            mark(tensor)
+            if tensor.layout == torch.strided and not tensor.is_meta:
+                _align(tensor)
+    return value
+
+
+def _align(tensor: Tensor) -> None:
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
+    if size == 0 or storage.data_ptr() % _CUDA_ALIGNMENT == 0:
+        return
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        buffer = bytearray(size + _CUDA_ALIGNMENT)
+        skip = -torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage().data_ptr() % _CUDA_ALIGNMENT
+        # The new storage keeps the buffer.
+        aligned = torch.frombuffer(memoryview(buffer)[skip : skip + size], dtype=torch.uint8).untyped_storage()
+        aligned.copy_(storage)
+        view = torch.empty(0, dtype=tensor.dtype)
+        view.set_(aligned, tensor.storage_offset(), tensor.size(), tensor.stride())
+        tensor.data = view
 
 
 def names_cuda(device: Any) -> bool:
@@ -76,13 +103,19 @@ class _PassOnMark(TorchFunctionMode):
             given = list(_tensors((args, kwargs)))
             if any(_MARK in tensor.__dict__ for tensor in given):
                 known = {id(tensor) for tensor in given}
+                memory = {_memory(tensor) for tensor in given}
                 for tensor in _tensors(result):
                     if id(tensor) not in known:
-                        mark(tensor)
+                        # A view stays where it is.
+                        mark(tensor) if _memory(tensor) in memory else _created(tensor)
         return result
 
 
 _set_data = Tensor.data.__set__
+
+
+def _memory(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -96,6 +129,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _beneath(method: Callable) -> Callable:
+    """A method of Tensor, called without the mode: the mode would be given the attribute of that name, our own."""
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        with torch._C.DisableTorchFunction():
+            return method(*args, **kwargs)
+
+    return call
+
+
 def install(patches: Patches, host: ctypes.CDLL, memory: Memory) -> None:
     """Makes torch's tensors answer as described, until the patches are restored."""
     _install_attributes(patches, memory)
@@ -106,7 +150,7 @@ def install(patches: Patches, host: ctypes.CDLL, memory: Memory) -> None:
 
 
 def _install_attributes(patches: Patches, memory: Memory) -> None:
-    read_address = Tensor.data_ptr
+    read_address = _beneath(Tensor.data_ptr)
 
     def data_ptr(self):
         memory.escaped(self.untyped_storage())
@@ -123,13 +167,14 @@ def _install_attributes(patches: Patches, memory: Memory) -> None:
 
 
 def _install_moves(patches: Patches) -> None:
-    convert = Tensor.to
+    convert = _beneath(Tensor.to)
 
     def move(tensor: Tensor, cuda: bool, args: tuple, kwargs: dict) -> Tensor:
         crossing = on_cuda(tensor) != cuda
         if crossing:
             kwargs = {**kwargs, "copy": True}
-        return mark(convert(tensor, *args, **kwargs), cuda)
+        result = convert(tensor, *args, **kwargs)
+        return _created(result) if cuda else mark(result, False)
 
     def to(self, *args, **kwargs):
         cuda = on_cuda(self)
@@ -181,14 +226,14 @@ def _install_factories(patches: Patches) -> None:
     for name in sorted(names | set(_OTHER_FACTORIES)):
         patches.set(torch, name, _factory(getattr(torch, name)))
     for name in _NEW_METHODS:
-        patches.set(Tensor, name, _factory(getattr(Tensor, name)))
+        patches.set(Tensor, name, _factory(_beneath(getattr(Tensor, name))))
 
     def default_device(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func not in constructors or kwargs.get("device") is not None:
             return func(*args, **kwargs)
         if names_cuda(self.device):
-            return mark(func(*args, **kwargs))
+            return _created(func(*args, **kwargs))
         return func(*args, **{**kwargs, "device": self.device})
 
     patches.set(_device.DeviceContext, "__torch_function__", default_device)
@@ -209,12 +254,12 @@ def _factory(create: Callable) -> Callable:
         if device is None:
             like = args[0] if args and isinstance(args[0], Tensor) else None
             result = create(*args, **kwargs)
-            return mark(result) if like is not None and on_cuda(like) else result
+            return _created(result) if like is not None and on_cuda(like) else result
         cuda = names_cuda(device)
         result = create(*args, **{**kwargs, "device": _CPU if cuda else device})
         if args and result is args[0] and on_cuda(result) != cuda:  # as_tensor of a tensor elsewhere
             result = result.clone()
-        return mark(result, cuda)
+        return _created(result) if cuda else mark(result, False)
 
     return factory
 
@@ -226,7 +271,7 @@ def _install_dlpack(patches: Patches, host: ctypes.CDLL) -> None:
     get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
     present = {b"dltensor": host.emulator_present_managed, b"dltensor_versioned": host.emulator_present_versioned}
-    export, import_ = Tensor.__dlpack__, torch.from_dlpack
+    export, import_ = _beneath(Tensor.__dlpack__), torch.from_dlpack
 
     def dlpack(self, *, stream=None, **kwargs):
         capsule = export(self.detach(), **kwargs)

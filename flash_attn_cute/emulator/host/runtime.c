@@ -14,7 +14,7 @@ enum { SUCCESS = 0, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NOT_SUPPORTED = 801 
 typedef struct { uint32_t x, y, z; } Dim3;
 
 typedef struct { uint32_t id, padding; uint32_t value[16]; } LaunchAttribute;
-enum { CLUSTER_DIMENSION = 4 };
+enum { COOPERATIVE = 2, CLUSTER_DIMENSION = 4 };
 
 typedef struct {
     Dim3 grid, block;
@@ -30,7 +30,7 @@ typedef struct {
     Status (*unload_library)(void *library);
     Status (*get_kernel)(void *library, const char *name, void **kernel);
     Status (*launch)(void *kernel, const uint32_t *grid, const uint32_t *block, const uint32_t *cluster,
-                     uint64_t dynamic_smem, void **arguments);
+                     uint64_t dynamic_smem, int cooperative, void **arguments);
     Status (*kernel_attribute)(void *kernel, int attribute, int *value);
     Status (*device_attribute)(int attribute, int *value);
     void (*allocated)(void *address, uint64_t size);
@@ -61,20 +61,20 @@ Status _cuLibraryGetKernel(void **kernel, void *library, const char *name) {
     return _cudaLibraryGetKernel(kernel, library, name);
 }
 
-static Status launch(void *kernel, Dim3 grid, Dim3 block, Dim3 cluster, size_t dynamic_smem, void **arguments) {
-    return callbacks.launch(kernel, &grid.x, &block.x, &cluster.x, dynamic_smem, arguments);
-}
-
 Status _cudaLaunchKernelEx(const LaunchConfig *config, void *kernel, void **arguments) {
     Dim3 cluster = {1, 1, 1};
-    for (uint32_t i = 0; i < config->attribute_count; i++)
-        if (config->attributes[i].id == CLUSTER_DIMENSION) memcpy(&cluster, config->attributes[i].value, sizeof cluster);
-    return launch(kernel, config->grid, config->block, cluster, config->dynamic_smem, arguments);
+    int cooperative = 0;
+    for (uint32_t i = 0; i < config->attribute_count; i++) {
+        const LaunchAttribute *attribute = &config->attributes[i];
+        if (attribute->id == CLUSTER_DIMENSION) memcpy(&cluster, attribute->value, sizeof cluster);
+        if (attribute->id == COOPERATIVE) cooperative = attribute->value[0] != 0;
+    }
+    return callbacks.launch(kernel, &config->grid.x, &config->block.x, &cluster.x, config->dynamic_smem, cooperative,
+                            arguments);
 }
 
 Status _cudaLaunchKernel(void *kernel, Dim3 grid, Dim3 block, void **arguments, size_t dynamic_smem, void *stream) {
-    (void)stream;
-    return launch(kernel, grid, block, (Dim3){1, 1, 1}, dynamic_smem, arguments);
+    return _cudaLaunchKernelEx(&(LaunchConfig){grid, block, dynamic_smem, stream, NULL, 0}, kernel, arguments);
 }
 
 Status _cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
@@ -222,7 +222,6 @@ UNSUPPORTED(_cuLibraryGetManaged)
 UNSUPPORTED(_cuLibraryGetModule)
 UNSUPPORTED(_cuLibraryGetUnifiedFunction)
 UNSUPPORTED(_cuLibraryLoadFromFile)
-UNSUPPORTED(_cuTensorMapEncodeTiled)
 UNSUPPORTED(_cudaGetDeviceProperties)
 UNSUPPORTED(_cudaGraphDestroy)
 UNSUPPORTED(_cudaGraphExecDestroy)
