@@ -56,7 +56,7 @@ def _created(value: Any) -> Any:
     for tensor in _tensors(value):
         if _MARK not in tensor.__dict__:
             mark(tensor)
-            if tensor.layout == torch.strided and not tensor.is_meta:
+            if _has_memory(tensor):
                 _align(tensor)
     return value
 
@@ -114,8 +114,13 @@ class _PassOnMark(TorchFunctionMode):
 _set_data = Tensor.data.__set__
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Not for fake tensors and other subclasses, whose storage may be nothing."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+
+
 def _memory(tensor: Tensor) -> int | None:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else None
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -156,10 +161,16 @@ def _install_attributes(patches: Patches, memory: Memory) -> None:
         memory.escaped(self.untyped_storage())
         return read_address(self)
 
-    patches.set(Tensor, "device", property(lambda self: CUDA if on_cuda(self) else _CPU))
-    patches.set(Tensor, "is_cuda", property(on_cuda))
-    patches.set(Tensor, "is_cpu", property(lambda self: not on_cuda(self)))
-    patches.set(Tensor, "get_device", lambda self: 0 if on_cuda(self) else -1)
+    real_device = _beneath(Tensor.device.__get__)
+
+    def device(self):
+        real = real_device(self)
+        return CUDA if real.type == "cpu" and on_cuda(self) else real  # a meta tensor stays one
+
+    patches.set(Tensor, "device", property(device))
+    patches.set(Tensor, "is_cuda", property(lambda self: device(self).type == "cuda"))
+    patches.set(Tensor, "is_cpu", property(lambda self: device(self).type == "cpu"))
+    patches.set(Tensor, "get_device", lambda self: 0 if device(self).type == "cuda" else -1)
     patches.set(Tensor, "data_ptr", data_ptr)
     patches.set(Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     patches.set(Tensor, "is_pinned", lambda self, *args, **kwargs: False)
