@@ -107,7 +107,7 @@ def marked(text: str, sites: list[Site]) -> str:
         position = site.start
     body = "".join([*pieces, text[position:]])
     variable = f".global .align 4 .b8 {MARKS}[{max(len(sites), 1)}];"
-    # On the line of a directive's end, which is a blank one's place: no line moves.
+    # At the start of the line that follows the last directive, so that no line moves.
     place = _MODULE_END.search(body)
     if place is None:
         raise ValueError("the module has no .address_size")
