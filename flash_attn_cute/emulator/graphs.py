@@ -1,7 +1,4 @@
-"""CUDA graphs of kernel launches, through cuda-bindings: what is captured is kept, and runs when the graph is launched.
-
-Only launches are kept. torch's own operations would run once, at capture, so `torch.cuda.graph` is refused.
-"""
+"""CUDA graphs of kernel launches: what is captured is kept, and runs when the graph is launched."""
 
 from __future__ import annotations
 

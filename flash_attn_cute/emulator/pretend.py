@@ -11,8 +11,8 @@ from flash_attn_cute.emulator.patching import Patches
 def install(patches: Patches, capture: Capture, gpu: Device) -> None:
     """Until the patches are restored. Comes before the program imports the DSL, which asks for a device then."""
     pretend_driver.install(patches, gpu, capture)
-    pretend_cuda.install(patches, gpu)
-    pretend_tensors.install(patches, capture.host, capture.memory)
+    pretend_cuda.install(patches, gpu, capture.graphs)
+    pretend_tensors.install(patches, capture)
 
 
 def install_for_dsl(patches: Patches, gpu: Device) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from flash_attn_cute.emulator import devices
+from flash_attn_cute.emulator.graphs import Graphs
 from flash_attn_cute.emulator.launch import EmulatorError
 from flash_attn_cute.emulator.patching import Patches
 
@@ -120,11 +121,42 @@ def _set_stream(stream) -> None:
     _Streams.current = stream
 
 
-def _refusal(name: str) -> Callable:
-    def refuse(*args, **kwargs):
-        raise EmulatorError(f"torch.cuda.{name} is not emulated: run the work itself, without a graph")
+def _graph_classes(graphs: Graphs) -> dict[str, Any]:
+    class CUDAGraph:
+        """Kernel launches, to be repeated. torch's own operations in a capture are refused by the function mode."""
 
-    return refuse
+        _handle = 0
+
+        def capture_begin(self, *args, **kwargs) -> None:
+            graphs.begin()
+
+        def capture_end(self) -> None:
+            self._handle = graphs.end()
+
+        def replay(self) -> None:
+            graphs.replay(self._handle)
+
+        def reset(self) -> None:
+            self._handle = 0
+
+    @contextlib.contextmanager
+    def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        with use_stream(Stream() if stream is None else stream):
+            cuda_graph.capture_begin()
+            try:
+                yield
+            finally:
+                cuda_graph.capture_end()
+
+    def make_graphed_callables(*args, **kwargs):
+        raise EmulatorError("torch.cuda.make_graphed_callables is not emulated: call the functions themselves")
+
+    return {
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "make_graphed_callables": make_graphed_callables,
+        "is_current_stream_capturing": lambda: graphs.capturing,
+    }
 
 
 def _seed(seed: int) -> None:
@@ -159,13 +191,12 @@ def _constant(value: Any) -> Callable:
     return lambda *args, **kwargs: value
 
 
-def _answers(gpu: devices.Device) -> dict[str, Any]:
+def _answers(gpu: devices.Device, graphs: Graphs) -> dict[str, Any]:
     # A function of its own for every name: torch.compile's tables hold one rule for an object.
     return {
         "is_available": _constant(True),
         "is_initialized": _constant(True),
         "is_bf16_supported": _constant(True),
-        "is_current_stream_capturing": _constant(False),
         "init": _constant(None),
         "_lazy_init": _constant(None),
         "device_count": _constant(1),
@@ -187,7 +218,7 @@ def _answers(gpu: devices.Device) -> dict[str, Any]:
         "set_stream": _set_stream,
         "current_stream": lambda device=None: _Streams.current,
         "default_stream": lambda device=None: _Streams.default,
-        **{name: _refusal(name) for name in ("CUDAGraph", "graph", "make_graphed_callables")},
+        **_graph_classes(graphs),
         "empty_cache": _constant(None),
         "ipc_collect": _constant(None),
         # torch.manual_seed calls the second, so this is not torch.manual_seed.
@@ -209,8 +240,8 @@ def _answers(gpu: devices.Device) -> dict[str, Any]:
     }
 
 
-def install(patches: Patches, gpu: devices.Device) -> None:
-    for name, answer in _answers(gpu).items():
+def install(patches: Patches, gpu: devices.Device, graphs: Graphs) -> None:
+    for name, answer in _answers(gpu, graphs).items():
         patches.set(torch.cuda, name, answer)
     for name in ("range_push", "range_pop", "mark"):
         patches.set(torch.cuda.nvtx, name, _constant(0))

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flash_attn_cute.emulator.capture import Capture
+from flash_attn_cute.emulator.graphs import Graphs
+from flash_attn_cute.emulator.launch import EmulatorError
 from flash_attn_cute.emulator.memory import Memory
 from flash_attn_cute.emulator.patching import Patches
 
@@ -89,6 +92,9 @@ def names_cuda(device: Any) -> bool:
 class _PassOnMark(TorchFunctionMode):
     """What is computed from a marked tensor is marked."""
 
+    def __init__(self, graphs: Graphs):
+        self._graphs = graphs
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func == _set_data:  # module.cuda() replaces the data of its parameters
@@ -100,6 +106,8 @@ class _PassOnMark(TorchFunctionMode):
         finally:
             _below_mode.depth -= 1
         if result is not None and not isinstance(result, (bool, int, float, str)):
+            if self._graphs.capturing and any(True for _ in _tensors(result)):
+                _check_captured(func, args, result)
             given = list(_tensors((args, kwargs)))
             if any(_MARK in tensor.__dict__ for tensor in given):
                 known = {id(tensor) for tensor in given}
@@ -112,6 +120,16 @@ class _PassOnMark(TorchFunctionMode):
 
 
 _set_data = Tensor.data.__set__
+
+
+def _check_captured(func: Callable, args: tuple, result: Any) -> None:
+    """A captured graph repeats kernel launches, so what torch computes meanwhile would be computed once."""
+    name = getattr(func, "__name__", str(func))
+    memory = {_memory(tensor) for tensor in _tensors(args)}
+    in_place = name.endswith("_") and not name.endswith("__")
+    if "empty" in name or (not in_place and all(_memory(tensor) in memory for tensor in _tensors(result))):
+        return
+    raise EmulatorError(f"torch's {name} in the capture of a CUDA graph is not emulated, only kernel launches are")
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -145,13 +163,13 @@ def _beneath(method: Callable) -> Callable:
     return call
 
 
-def install(patches: Patches, host: ctypes.CDLL, memory: Memory) -> None:
+def install(patches: Patches, capture: Capture) -> None:
     """Makes torch's tensors answer as described, until the patches are restored."""
-    _install_attributes(patches, memory)
+    _install_attributes(patches, capture.memory)
     _install_moves(patches)
     _install_factories(patches)
-    _install_dlpack(patches, host)
-    _install_mode(patches)
+    _install_dlpack(patches, capture.host)
+    _install_mode(patches, capture.graphs)
 
 
 def _install_attributes(patches: Patches, memory: Memory) -> None:
@@ -310,15 +328,15 @@ def _install_dlpack(patches: Patches, host: ctypes.CDLL) -> None:
         patches.set(Tensor, "__dlpack_c_exchange_api__", api.PyCapsule_New(table, name, None))
 
 
-def _install_mode(patches: Patches) -> None:
+def _install_mode(patches: Patches, graphs: Graphs) -> None:
     """Modes belong to a thread, so each thread that starts gets one of its own."""
     run = threading.Thread.run
 
     def run_in_mode(self):
-        with _PassOnMark():
+        with _PassOnMark(graphs):
             run(self)
 
     patches.set(threading.Thread, "run", run_in_mode)
-    mode = _PassOnMark()
+    mode = _PassOnMark(graphs)
     mode.__enter__()
     patches.on_restore(lambda: mode.__exit__(None, None, None))

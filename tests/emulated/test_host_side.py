@@ -185,7 +185,7 @@ def test_failures_come_back_as_they_were_raised(tmp_path):
     assert "KeyError: 'of the program'" in run(program, tmp_path, code=1)
 
 
-def test_runtime_graphs_replay_launches(tmp_path):
+def test_graphs_replay_launches(tmp_path):
     program = (
         SCALE
         + """
@@ -204,10 +204,20 @@ def test_runtime_graphs_replay_launches(tmp_path):
         x.fill_(factor)
         runtime.cudaGraphLaunch(executable, stream)
         assert (y == 3 * factor).all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert torch.cuda.is_current_stream_capturing()
+        function(*arguments)
+    y.zero_()
+    graph.replay()
+    assert (y == 6).all()
     try:
-        torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x + 1
     except Exception as error:
         assert "not emulated" in str(error)
+    else:
+        raise AssertionError("an operation in a capture went unnoticed")
     """
     )
     run(program, tmp_path)
