@@ -15,11 +15,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,26 +127,85 @@ def inputs_digest(case: Case | ForwardCase) -> int:
 def record(path: Path, references: bool, revision: str | None) -> int:
     if references:
         about = {"gpu": "none: references", "commit": revision or commit()}
+        results = (record_one(case, True) for _, case in all_cases())
     elif not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         sys.exit("record needs a Hopper GPU")
     else:
         about = provenance(revision)
-    arrays, dtypes, digests = {}, {}, {}
-    for _, case in all_cases():
-        outputs = outputs_of(case, references)
-        dtypes[case.name] = [str(output.dtype).removeprefix("torch.") for output in outputs]
-        digests[case.name] = inputs_digest(case)
-        for index, output in enumerate(outputs):
-            arrays[f"{case.name}/{index}"] = as_bits(output).numpy()
-    text = json.dumps({"provenance": about, "dtypes": dtypes, "inputs": digests})
+        results = record_in_processes([case.name for _, case in all_cases()])
+    arrays, dtypes, digests, failures = {}, {}, {}, {}
+    for result in results:
+        digests[result.name] = result.digest
+        dtypes[result.name] = result.dtypes
+        arrays |= {f"{result.name}/{index}": bits for index, bits in enumerate(result.outputs)}
+        if result.failure:
+            failures[result.name] = result.failure
+            print(f"{result.name}: {result.failure}", file=sys.stderr, flush=True)
+    text = json.dumps({"provenance": about, "dtypes": dtypes, "inputs": digests, "failures": failures})
     arrays[ABOUT] = np.frombuffer(text.encode(), np.uint8)
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
     size = path.stat().st_size
-    print(f"{len(dtypes)} cases, {size / 2**20:.2f} MiB: {path}")
+    print(f"{len(dtypes)} cases, {len(failures)} of them failed, {size / 2**20:.2f} MiB: {path}")
     if size > LIMIT_BYTES:
         sys.exit(f"the recording is larger than {LIMIT_BYTES >> 20} MiB")
     return 0
+
+
+class Recorded(NamedTuple):
+    """What a case left, as bits in numpy arrays, or why it left nothing."""
+
+    name: str
+    digest: int
+    dtypes: list[str]
+    outputs: list[np.ndarray]
+    failure: str | None = None
+
+
+def record_one(case: Case | ForwardCase, references: bool = False) -> Recorded:
+    digest = inputs_digest(case)
+    try:
+        outputs = outputs_of(case, references)
+    except Exception as error:  # every case is worth a line, whatever became of it
+        return Recorded(case.name, digest, [], [], f"{type(error).__name__}: {error}".splitlines()[0])
+    dtypes = [str(output.dtype).removeprefix("torch.") for output in outputs]
+    return Recorded(case.name, digest, dtypes, [as_bits(output).numpy() for output in outputs])
+
+
+def record_in_processes(names: list[str]) -> Iterator[Recorded]:
+    """In several processes, for compiling takes most of the time. One in which a kernel failed is used no further: the
+    error of a CUDA context stays with it."""
+    spawning = multiprocessing.get_context("spawn")
+
+    def take_share(share: list[str]) -> list[Recorded]:
+        results = []
+        while len(results) < len(share):
+            here, there = spawning.Pipe()
+            process = spawning.Process(target=record_share, args=(share[len(results) :], there))
+            process.start()
+            there.close()
+            try:
+                while True:
+                    results.append(here.recv())
+            except EOFError:
+                process.join()
+            if process.exitcode:  # it died without a word about the case at hand
+                results.append(Recorded(share[len(results)], 0, [], [], f"exit status {process.exitcode}"))
+        return results
+
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    with ThreadPoolExecutor(workers) as threads:
+        for results in threads.map(take_share, [names[start::workers] for start in range(workers)]):
+            yield from results
+
+
+def record_share(names: list[str], results: Connection) -> None:
+    cases = {case.name: case for _, case in all_cases()}
+    for name in names:
+        result = record_one(cases[name])
+        results.send(result)
+        if result.failure:
+            return
 
 
 class Recording:
@@ -153,6 +216,7 @@ class Recording:
         about = json.loads(self._arrays[ABOUT].tobytes())
         self.provenance: dict[str, str] = about["provenance"]
         self.inputs: dict[str, int] = about["inputs"]
+        self.failures: dict[str, str] = about["failures"]
         self._dtypes: dict[str, list[str]] = about["dtypes"]
 
     def outputs(self, name: str) -> tuple[Tensor, ...]:
@@ -210,6 +274,8 @@ def compare_one(family: str, case: Case | ForwardCase, recording: Recording, ref
         return Comparison(case.name, family, 0, 0, 0.0, "not in the recording")
     if recording.inputs[case.name] != inputs_digest(case):
         return Comparison(case.name, family, 0, 0, 0.0, "the recording has other inputs")
+    if case.name in recording.failures:
+        return Comparison(case.name, family, 0, 0, 0.0, f"on the GPU: {recording.failures[case.name]}")
     hardware = recording.outputs(case.name)
     try:
         emulated = outputs_of(case, references)
