@@ -20,83 +20,33 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
-from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
-from flash_attn_cute.device.output_rows import OutputRows, clear_rows
+from flash_attn_cute.device.output_rows import OutputRows
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
-from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.scheduling_warp import schedule
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.device.softmax import LOG2_E, OnlineSoftmax, tanh
+from flash_attn_cute.forward_spec import (
+    ForwardScalars,
+    ForwardSpec,
+    ForwardTensors,
+    kv_range,
+    seqlen_source,
+    tile_order,
+    window_of,
+)
 from flash_attn_cute.tile_scheduler import (
     MAILBOX_STAGES,
     MAILBOX_WORDS,
     TileMailbox,
-    TileOrder,
-    TileScheduler,
     WorkTile,
 )
-from flash_attn_cute.tuning import Sm90Tile
 
 WARPGROUP = 128
 LOAD_WARP, SCHEDULE_WARP = 0, 1
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
-
-
-@dataclass(frozen=True)
-class ForwardSpec:
-    """What is fixed when a kernel is compiled."""
-
-    dtype: type  # cutlass.BFloat16 or cutlass.Float16
-    tile: Sm90Tile
-    qheads_per_kvhead: int
-    rows_per_token: int  # rows a token takes in a query tile: 1, or at least qheads_per_kvhead where heads are packed
-    causal: bool
-    window_left: bool
-    window_right: bool  # causal excludes it
-    softcap: bool
-
-    @property
-    def packed(self) -> bool:
-        return self.rows_per_token > 1
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return self.tile.tile_m // self.rows_per_token
-
-
-def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
-    tokens = spec.tokens_per_tile
-    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
-
-
-class ForwardTensors(NamedTuple):
-    """Tensors of a call. q, out: (total_q, H, D) or (B, Sq, H, D); lse: (H, total_q) or (B, H, Sq); k, v likewise."""
-
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    out: cute.Tensor
-    lse: cute.Tensor | None
-    cu_seqlens_q: cute.Tensor | None
-    cu_seqlens_k: cute.Tensor | None
-    seqused_q: cute.Tensor | None
-    seqused_k: cute.Tensor | None
-    sink: cute.Tensor | None
-    semaphore: cute.Tensor | None
-
-
-class ForwardScalars(NamedTuple):
-    """Numbers of a call, none of which is compiled in."""
-
-    softmax_scale: Float32
-    softcap: Float32  # read where the kernel was compiled with one
-    window_left: Int32
-    window_right: Int32
-    seqlen_k: Int32  # of batched k, which may be 0 where a tensor map's extent may not
-    num_tiles: Int32
-    grid: Int32
-    section_heads: Int32
-    section_tiles: Int32
 
 
 class Operand(NamedTuple):
@@ -155,26 +105,20 @@ class ForwardSm90:
     @cute.jit
     def __call__(self, tensors: ForwardTensors, scalars: ForwardScalars, stream: cuda.CUstream):
         spec, tile = self.spec, self.spec.tile
-        packed_q = const_expr(tensors.cu_seqlens_q is not None)
         s_mma, o_mma = self._tiled_mmas()
         q_layout = self._smem_layout(tile.tile_m, tile.head_dim, tile.q_stages)
         k_layout = self._smem_layout(tile.tile_n, tile.head_dim, tile.kv_stages)
         v_layout = self._smem_layout(tile.tile_n, tile.head_dim_v, tile.kv_stages)
-        q_view = ragged_tma.query_view(tensors.q, ragged=packed_q)
+        q_view = ragged_tma.query_view(tensors.q, ragged=tensors.packed_q)
         # Loads stop at the last used key: rows behind it arrive as zeros, so that nothing there can reach a product.
-        ragged_k = const_expr(tensors.cu_seqlens_k is not None or tensors.seqused_k is not None)
-        k_view = ragged_tma.key_view(tensors.k, packed=const_expr(tensors.cu_seqlens_k is not None), ragged=ragged_k)
-        v_view = ragged_tma.key_view(tensors.v, packed=const_expr(tensors.cu_seqlens_k is not None), ragged=ragged_k)
+        k_view, v_view = [
+            ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k) for x in (tensors.k, tensors.v)
+        ]
         q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
         q = Operand(*self._tma(q_view, q_layout, q_box), q_layout)
         k = Operand(*self._tma(k_view, k_layout, (tile.tile_n, tile.head_dim)), k_layout)
         v = Operand(*self._tma(v_view, v_layout, (tile.tile_n, tile.head_dim_v)), v_layout)
-        source = SeqlenSource(
-            SeqlenTensors(tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k),
-            cute.size(tensors.cu_seqlens_q) - 1 if packed_q else cute.size(tensors.q, mode=[0]),
-            cute.size(tensors.q, mode=[0 if packed_q else 1]),
-            scalars.seqlen_k,
-        )
+        source = seqlen_source(tensors, scalars)
         self.kernel(q, k, v, tensors, scalars, source, s_mma, o_mma).launch(
             grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
@@ -240,36 +184,18 @@ class ForwardSm90:
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
-        window = Window(
-            scalars.window_left if const_expr(self.spec.window_left) else None,
-            Int32(0)
-            if const_expr(self.spec.causal)
-            else (scalars.window_right if const_expr(self.spec.window_right) else None),
-        )
+        window = window_of(self.spec, scalars)
         producer_registers, consumer_registers = self.spec.tile.registers
         if warp < 4:
             cute.arch.setmaxregister_decrease(producer_registers)
             if warp == LOAD_WARP:
                 self.load(q, k, v, sq, sk, sv, rings, window, tensors)
             if warp == SCHEDULE_WARP:
-                self.schedule(self._order(tensors, scalars, source), rings.tiles, window, tensors)
+                schedule(self.spec, tile_order(self.spec, tensors, scalars, source), rings.tiles, window, tensors)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)
             self.compute(consumer, rings, window, tensors, scalars)
-
-    def _order(self, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource) -> TileOrder:
-        spec = self.spec
-        heads = cute.size(tensors.q, mode=[cute.rank(tensors.q) - 2])
-        return TileOrder(
-            source,
-            heads // spec.qheads_per_kvhead if spec.packed else heads,
-            scalars.num_tiles,
-            scalars.section_heads,
-            scalars.section_tiles,
-            spec.tokens_per_tile,
-            longest_first=spec.causal or spec.window_right,
-        )
 
     def _allocate(self, smem: SmemAllocator, operand: Operand) -> cute.Tensor:
         layout = operand.smem_layout
@@ -289,26 +215,6 @@ class ForwardSm90:
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers=self.consumer_warps + 1),
         )
-
-    @cute.jit
-    def schedule(self, order: TileOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors):
-        """The scheduling warp: finds this CTA's tiles and sends them on. Those that see no key it settles itself."""
-        scheduler = TileScheduler(tensors.semaphore)
-        position = MbarrierRing.start()
-        number, _, _ = cute.arch.block_idx()
-        while number < order.num_tiles:
-            work, seqlens = order.decode(number)
-            if work.is_work():
-                if kv_range(self.spec, work, seqlens, window).num_tiles() > 0:
-                    mailbox.send(position, work, seqlens)
-                    position = position.next()
-                    # Only now: a number taken early is work that an idle CTA cannot have.
-                    mailbox.wait_sent(position, seqlens)
-                else:
-                    clear_rows(self.spec, work, seqlens, tensors)
-            number = scheduler.next(number)
-        mailbox.send(position, WorkTile.none(), Seqlens.none())
-        scheduler.finish()
 
     @cute.jit
     def load(
@@ -332,13 +238,13 @@ class ForwardSm90:
             kv = kv_range(spec, work, seqlens, window)
             head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
             head_q = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
-            q_rows = ragged_tma.query_rows(
-                q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.cu_seqlens_q is not None
-            )
-            packed_k = const_expr(tensors.cu_seqlens_k is not None)
-            ragged_k = const_expr(packed_k or tensors.seqused_k is not None)
-            k_rows = ragged_tma.key_rows(k.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
-            v_rows = ragged_tma.key_rows(v.source, seqlens, work.batch, head_kv, packed=packed_k, ragged=ragged_k)
+            q_rows = ragged_tma.query_rows(q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.packed_q)
+            k_rows, v_rows = [
+                ragged_tma.key_rows(
+                    x.source, seqlens, work.batch, head_kv, packed=tensors.packed_k, ragged=tensors.ragged_k
+                )
+                for x in (k, v)
+            ]
             q_box = ((spec.rows_per_token, spec.tokens_per_tile), tile.head_dim)
             load_q = ragged_tma.tile_loader(q.atom, q_rows, q_box, sq, rings.q)
             load_k = ragged_tma.tile_loader(k.atom, k_rows, (tile.tile_n, tile.head_dim), sk, rings.k)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_attn_cute import launch_sm90
+from flash_attn_cute import launch
 from flash_attn_cute.problem import AttentionTensors, Problem
 
 BACKENDS = ("auto", "cute", "emulator", "reference")
@@ -210,8 +211,8 @@ def precompile(config: dict) -> None:
     if unknown:
         raise ValueError(f"config: got {sorted(unknown)}; takes {sorted(plain)}, dtype, head_dim and head_dim_v")
     c = plain | config
-    key = launch_sm90.KernelKey(
-        launch_sm90.ARCHITECTURE,
+    key = launch.KernelKey(
+        _architecture_to_compile(),
         "forward",
         c["dtype"],
         c["head_dim"],
@@ -231,7 +232,17 @@ def precompile(config: dict) -> None:
         dynamic=False,
     )
     key = key._replace(dynamic=key.is_uneven() if c["dynamic"] is None else c["dynamic"])
-    launch_sm90.cache.get(key, lambda: launch_sm90.compile_kernel(key))
+    launch.cache.get(key, lambda: launch.compile_kernel(key))
+
+
+def _architecture_to_compile() -> str:
+    """What CUTE_DSL_ARCH says, else what the current GPU is, else Hopper."""
+    named = os.environ.get("CUTE_DSL_ARCH")
+    if named:
+        return named
+    if torch.cuda.is_available():
+        return launch.ARCHITECTURES[torch.cuda.get_device_capability()]
+    return "sm_90a"
 
 
 def _capability(device: Any) -> tuple[int, int] | str:
@@ -253,14 +264,21 @@ def _choose(problem: Problem, backend: str, capability: tuple[int, int] | str) -
     if backend == "emulator":
         if capability != "cpu":
             return None, "backend='emulator' takes CPU tensors"
-        reason = launch_sm90.unsupported(problem)
-        return (None, f"SM90 kernel: {reason}") if reason else ("emulator", None)
+        from flash_attn_cute.emulator import backend as emulator
+
+        return _if_kernel_takes(problem, emulator.architecture(), "emulator")
     if isinstance(capability, str):
         return None, f"backend={backend!r} on device type {capability}: the CuTe kernels need a CUDA device"
-    if capability[0] != 9:
-        return None, f"compute capability {capability[0]}.{capability[1]}: there is a kernel for 9.0 only"
-    reason = launch_sm90.unsupported(problem)
-    return (None, f"SM90 kernel: {reason}") if reason else ("cute", None)
+    architecture = launch.ARCHITECTURES.get(capability)
+    if architecture is None:
+        built = ", ".join(f"{major}.{minor}" for major, minor in launch.ARCHITECTURES)
+        return None, f"compute capability {capability[0]}.{capability[1]}: there are kernels for {built}"
+    return _if_kernel_takes(problem, architecture, "cute")
+
+
+def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple[str | None, str | None]:
+    reason = launch.unsupported(problem, architecture)
+    return (None, f"{architecture} kernel: {reason}") if reason else (backend, None)
 
 
 def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
@@ -280,7 +298,7 @@ def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[
         from flash_attn_cute.emulator import backend as emulator
 
         return emulator.run(tensors, problem)
-    return launch_sm90.run(tensors, problem)
+    return launch.run(tensors, problem)
 
 
 _capabilities: dict[torch.device, tuple[int, int] | str] = {}

@@ -36,7 +36,7 @@ class Sm90Tile(NamedTuple):
         return 2 * (q + kv)
 
 
-_SM90_TILES = {
+SM90_TILES = {
     # d64: the exponentials bind, not the products; a third warpgroup gives the scheduler one more to hide them behind.
     (64, 64): Sm90Tile(3, 128, 2, 2, 64, 64),
     (96, 96): Sm90Tile(2, 128, 2, 2, 96, 96),
@@ -50,13 +50,17 @@ _SM90_TILES = {
 }
 
 
-def sm90_tile(head_dim: int, head_dim_v: int) -> Sm90Tile | None:
+_TILES = {"sm_90a": SM90_TILES}
+
+
+def forward_tile(architecture: str, head_dim: int, head_dim_v: int) -> Sm90Tile | None:
     """The tile for head dimensions, rounded up to the next pair that has one, or None where there is no kernel."""
+    tiles = _TILES[architecture]
     if head_dim == head_dim_v:
         for padded in (64, 96, 128, 192, 256):
             if head_dim <= padded:
-                return _SM90_TILES[(padded, padded)]
-    return _SM90_TILES.get((head_dim, head_dim_v))
+                return tiles[(padded, padded)]
+    return tiles.get((head_dim, head_dim_v))
 
 
 def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:
@@ -66,7 +70,7 @@ def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:
     return next((d for d in range(qheads_per_kvhead, tile_m + 1) if tile_m % d == 0), 0)
 
 
-def sm90_section(num_sms: int) -> tuple[int, int]:
+def section_of_tiles(num_sms: int) -> tuple[int, int]:
     """(least heads, most tiles) of a section of the longest-first order: see tile_scheduler.TileOrder.
 
     About 8 query tiles in flight share each head's keys, so memory is read at an eighth of the rate at which L2 is;
@@ -75,7 +79,7 @@ def sm90_section(num_sms: int) -> tuple[int, int]:
     return max(num_sms // 8, 1), 4 * num_sms
 
 
-def sm90_packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:
+def packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:
     """Whether to pack the query heads of a KV head into the query tile, where the caller leaves it open.
 
     Packing fills tiles of short sequences, and reads keys once for the whole group; rows that pad a group to a divisor

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flash_attn_cute import flash_attn_func, flash_attn_varlen_func, supports
 from flash_attn_cute.problem import AttentionTensors
-from flash_attn_cute.tuning import sm90_tile
+from flash_attn_cute.tuning import forward_tile
 from tests.attention_cases import (
     NAN,
     SENTINEL,
@@ -48,7 +48,7 @@ LONG_PAIRS = [(1500, 1500), (700, 2300), (2300, 700), (1, 3000), (3, 1), (513, 0
 
 def edge_pairs(head_dim, head_dim_v):
     """Every pair of a query and a key length at the edges of tiles, and some long ones."""
-    tile = sm90_tile(head_dim, head_dim_v)
+    tile = forward_tile("sm_90a", head_dim, head_dim_v)
     lengths_q = [0, 1, tile.tile_m - 1, tile.tile_m, tile.tile_m + 1]
     lengths_k = [0, 1, tile.tile_n - 1, tile.tile_n, tile.tile_n + 1, 2 * tile.tile_n]
     pairs = [*itertools.product(lengths_q, lengths_k), *LONG_PAIRS]

@@ -1,4 +1,4 @@
-"""From a Problem to a launch of the Hopper forward kernel: what it takes, how it is planned, compiled and called."""
+"""From a Problem to a launch of a forward kernel: what it takes, how it is planned, compiled and called."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.problem import AttentionTensors, Problem
-from flash_attn_cute.tuning import packed_rows, sm90_packs_heads, sm90_section, sm90_tile
+from flash_attn_cute.tuning import forward_tile, packed_rows, packs_heads, section_of_tiles
 
-ARCHITECTURE = "sm_90a"
+# Compute capability -> what its kernel is compiled for.
+ARCHITECTURES = {(9, 0): "sm_90a"}
 TMA_ALIGNMENT = 16
 UNBOUNDED = 1 << 30  # a window side this large sees everything, and sums of two still fit in int32
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernel does not take this problem, or None."""
+def unsupported(problem: Problem, architecture: str) -> str | None:
+    """Why the kernel of an architecture does not take this problem, or None."""
+    tile = forward_tile(architecture, problem.head_dim, problem.head_dim_v)
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {problem.dtype}"
-    if sm90_tile(problem.head_dim, problem.head_dim_v) is None:
+    if tile is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
     if problem.is_paged:
         return "page_table"
@@ -38,10 +40,9 @@ def unsupported(problem: Problem) -> str | None:
     if problem.num_splits > 1:
         return f"num_splits={problem.num_splits}"
     if problem.scheduler == "clc":
-        return "scheduler='clc', which needs SM100"
+        return "scheduler='clc'"
     if problem.softmax_scale <= 0.0:
         return f"softmax_scale={problem.softmax_scale}, which is not positive"
-    tile = sm90_tile(problem.head_dim, problem.head_dim_v)
     if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.tile_m) == 0:
         return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {tile.tile_m})"
     return None
@@ -75,10 +76,10 @@ class KernelKey(NamedTuple):
         return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k
 
     @classmethod
-    def of(cls, p: Problem, packed: bool, dynamic: bool) -> KernelKey:
+    def of(cls, p: Problem, architecture: str, packed: bool, dynamic: bool) -> KernelKey:
         """The key for a problem and what the plan decided; no length, window size, scale or head count is in it."""
         return cls(
-            ARCHITECTURE,
+            architecture,
             "forward",
             _DTYPE_NAMES[p.dtype],
             p.head_dim,
@@ -107,19 +108,27 @@ class Plan(NamedTuple):
     section_tiles: int
 
 
+class Target(NamedTuple):
+    """What a launch is planned for."""
+
+    architecture: str
+    num_sms: int
+
+
 @functools.cache
-def _num_sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _target(index: int) -> Target:
+    device = torch.cuda.get_device_properties(index)
+    return Target(ARCHITECTURES[(device.major, device.minor)], device.multi_processor_count)
 
 
-def plan(problem: Problem, num_sms: int) -> Plan:
+def plan(problem: Problem, target: Target) -> Plan:
     """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch."""
-    p = problem
-    tile = sm90_tile(p.head_dim, p.head_dim_v)
+    p, num_sms = problem, target.num_sms
+    tile = forward_tile(target.architecture, p.head_dim, p.head_dim_v)
     group = p.qheads_per_kvhead
     packed = p.pack_gqa
     if packed is None:
-        packed = sm90_packs_heads(group, p.total_q / max(p.batch_size, 1), tile.tile_m)
+        packed = packs_heads(group, p.total_q / max(p.batch_size, 1), tile.tile_m)
     packed = packed and group > 1
     rows = packed_rows(group, tile.tile_m) if packed else 1
     tokens = tile.tile_m // rows  # of a query tile
@@ -128,11 +137,11 @@ def plan(problem: Problem, num_sms: int) -> Plan:
         num_tiles = (p.total_q // tokens + p.batch_size + 2) * heads
     else:
         num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
-    key = KernelKey.of(p, packed=packed, dynamic=p.scheduler == "dynamic")
+    key = KernelKey.of(p, target.architecture, packed=packed, dynamic=p.scheduler == "dynamic")
     if p.scheduler == "auto":
         # By what is asked and not by how much: a size that compiled another kernel would surprise a graph capture.
         key = key._replace(dynamic=key.is_uneven())
-    section_heads, section_tiles = sm90_section(num_sms) if p.window_right is not None else (1, 0)
+    section_heads, section_tiles = section_of_tiles(num_sms) if p.window_right is not None else (1, 0)
     grid = num_tiles if p.scheduler == "single_tile" else min(num_tiles, num_sms)
     return Plan(key, num_tiles, grid, section_heads, section_tiles)
 
@@ -143,10 +152,11 @@ def compile_kernel(key: KernelKey) -> Any:
     import cutlass.cute as cute
     from cutlass import Float32, Int32
 
-    from flash_attn_cute.forward_sm90 import ForwardScalars, ForwardSm90, ForwardSpec, ForwardTensors
+    from flash_attn_cute.forward_sm90 import ForwardSm90
+    from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
 
     types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
-    dtype, tile = types[key.dtype], sm90_tile(key.head_dim, key.head_dim_v)
+    dtype, tile = types[key.dtype], forward_tile(key.architecture, key.head_dim, key.head_dim_v)
 
     def tensor(element, *shape):
         alignment = TMA_ALIGNMENT if element is dtype and len(shape) > 1 else element.width // 8
@@ -245,7 +255,7 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
     lse = torch.empty(p.lse_shape, dtype=torch.float32, device=device) if p.return_lse else None
     if out.numel() == 0:
         return out, lse
-    launch = plan(p, _num_sms(device.index))
+    launch = plan(p, _target(device.index))
     function = cache.get(launch.key, functools.partial(compile_kernel, launch.key))
     q, k, v = _for_tma(t.q), t.k, t.v
     if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent

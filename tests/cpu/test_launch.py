@@ -1,4 +1,4 @@
-"""Planning and compilation of the Hopper kernel, neither of which needs a GPU."""
+"""Planning and compilation of the forward kernels, neither of which needs a GPU."""
 
 import dataclasses
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_attn_cute import launch_sm90, tuning
+from flash_attn_cute import launch, tuning
 from flash_attn_cute.problem import AttentionTensors, Problem
 
 BF16 = torch.bfloat16
-NUM_SMS = 132
+HOPPER = launch.Target("sm_90a", 132)
 
 
 def packed_problem(lengths=(100, 28), heads=8, kv_heads=2, head_dim=128, head_dim_v=None, **options) -> Problem:
@@ -39,11 +39,11 @@ def batched_problem(batch=2, seqlen=300, heads=4, **options) -> Problem:
 def test_key_has_no_values():
     """One kernel serves every length, batch size, scale, window size and number of KV heads."""
     options = {"softmax_scale": 0.3, "window_size": (5, 6), "softcap": 3.0, "pack_gqa": True}
-    key = launch_sm90.plan(packed_problem(**options), NUM_SMS).key
+    key = launch.plan(packed_problem(**options), HOPPER).key
     for name, value in {"softmax_scale": 2.0, "window_size": (50, 7), "softcap": 9.5}.items():
-        assert launch_sm90.plan(packed_problem(**{**options, name: value}), NUM_SMS).key == key, name
+        assert launch.plan(packed_problem(**{**options, name: value}), HOPPER).key == key, name
     larger = packed_problem(lengths=(1000,) * 9, heads=16, kv_heads=4, **options)
-    assert launch_sm90.plan(larger, NUM_SMS).key == key
+    assert launch.plan(larger, HOPPER).key == key
 
 
 def test_key_tells_generated_code_apart():
@@ -68,34 +68,36 @@ def test_key_tells_generated_code_apart():
         {"scheduler": "dynamic"},
     ]
     problems = [plain, *(dataclasses.replace(plain, **fields) for fields in changed)]
-    keys = [launch_sm90.KernelKey.of(p, packed=bool(p.pack_gqa), dynamic=p.scheduler == "dynamic") for p in problems]
-    assert len(set(keys)) == len(keys)
+    keys = {
+        launch.KernelKey.of(p, "sm_90a", packed=bool(p.pack_gqa), dynamic=p.scheduler == "dynamic") for p in problems
+    }
+    assert len(keys) == len(problems)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_numbers_leave_room_for_every_tile_of_a_packed_batch(rows):
     """The monotone numbering of tile_scheduler.TileOrder gives every sequence its tiles, whatever the lengths."""
-    tile_m = tuning.sm90_tile(128, 128).tile_m
+    tile_m = tuning.forward_tile("sm_90a", 128, 128).tile_m
     generator = torch.Generator().manual_seed(rows)
     for _ in range(200):
         lengths = torch.randint(0, 400, (int(torch.randint(1, 40, (), generator=generator)),), generator=generator)
         starts = [0, 0, *lengths.cumsum(0).tolist()]  # of the padding before, of each sequence, of the padding behind
         numbers = [start * rows // tile_m + index for index, start in enumerate(starts)]
         problem = packed_problem(lengths.tolist(), heads=rows, kv_heads=1, pack_gqa=rows > 1)
-        end = launch_sm90.plan(problem, NUM_SMS).num_tiles
+        end = launch.plan(problem, HOPPER).num_tiles
         for first, following, length in zip(numbers[1:], [*numbers[2:], end], [*lengths.tolist(), 0], strict=True):
             assert following - first >= -(-length * rows // tile_m)
 
 
 def test_scheduler_follows_the_work():
-    assert not launch_sm90.plan(batched_problem(batch=64), NUM_SMS).key.dynamic
-    assert launch_sm90.plan(batched_problem(batch=64, causal=True), NUM_SMS).key.dynamic
+    assert not launch.plan(batched_problem(batch=64), HOPPER).key.dynamic
+    assert launch.plan(batched_problem(batch=64, causal=True), HOPPER).key.dynamic
     # The size of the batch decides nothing: another kernel would be compiled in the middle of serving.
-    assert launch_sm90.plan(batched_problem(batch=1, causal=True), NUM_SMS).key.dynamic
-    assert not launch_sm90.plan(batched_problem(batch=64, causal=True, scheduler="static"), NUM_SMS).key.dynamic
-    single = launch_sm90.plan(batched_problem(batch=64, scheduler="single_tile"), NUM_SMS)
+    assert launch.plan(batched_problem(batch=1, causal=True), HOPPER).key.dynamic
+    assert not launch.plan(batched_problem(batch=64, causal=True, scheduler="static"), HOPPER).key.dynamic
+    single = launch.plan(batched_problem(batch=64, scheduler="single_tile"), HOPPER)
     assert single.grid == single.num_tiles == 64 * 4 * 3
-    assert launch_sm90.plan(batched_problem(batch=64), NUM_SMS).grid == NUM_SMS
+    assert launch.plan(batched_problem(batch=64), HOPPER).grid == HOPPER.num_sms
 
 
 @pytest.mark.parametrize(
@@ -119,19 +121,19 @@ def test_packed_rows_divide_the_tile(group, rows):
 def test_unsupported_names_the_combination(options, reason):
     import re
 
-    assert re.search(reason, launch_sm90.unsupported(packed_problem(**options)))
+    assert re.search(reason, launch.unsupported(packed_problem(**options), "sm_90a"))
 
 
 def test_supported():
-    assert launch_sm90.unsupported(packed_problem(causal=True, softcap=3.0, window_size=(4, 4))) is None
-    assert launch_sm90.unsupported(packed_problem(head_dim=192, head_dim_v=128)) is None
-    assert launch_sm90.unsupported(packed_problem(head_dim=40)) is None
+    assert launch.unsupported(packed_problem(causal=True, softcap=3.0, window_size=(4, 4)), "sm_90a") is None
+    assert launch.unsupported(packed_problem(head_dim=192, head_dim_v=128), "sm_90a") is None
+    assert launch.unsupported(packed_problem(head_dim=40), "sm_90a") is None
 
 
-@pytest.mark.parametrize("dims", tuning._SM90_TILES, ids=str)
+@pytest.mark.parametrize("dims", tuning.SM90_TILES, ids=str)
 def test_tiles_fit_shared_memory(dims):
     barriers_and_mailbox = 1024
-    assert tuning._SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SM90_SMEM_BYTES
+    assert tuning.SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SM90_SMEM_BYTES
 
 
 @pytest.mark.parametrize(
@@ -147,16 +149,16 @@ def test_tiles_fit_shared_memory(dims):
 )
 def test_what_tma_cannot_address_is_copied(view, fits):
     x = view()
-    copy = launch_sm90._for_tma(x)
+    copy = launch._for_tma(x)
     assert (copy is x) == fits
-    assert launch_sm90._tma_can_address(copy) and torch.equal(copy, x)
+    assert launch._tma_can_address(copy) and torch.equal(copy, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compilation
 # ---------------------------------------------------------------------------------------------------------------------
 
-PLAIN = launch_sm90.KernelKey(
+PLAIN = launch.KernelKey(
     "sm_90a",
     "forward",
     "bf16",
@@ -202,8 +204,8 @@ CONFIGURATIONS = {
 
 _COMPILE = """
 import sys
-from flash_attn_cute import launch_sm90
-launch_sm90.compile_kernel(launch_sm90.KernelKey(*eval(sys.argv[1])))
+from flash_attn_cute import launch
+launch.compile_kernel(launch.KernelKey(*eval(sys.argv[1])))
 """
 
 

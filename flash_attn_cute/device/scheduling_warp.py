@@ -1,0 +1,31 @@
+"""The scheduling warp of a forward kernel: finds its CTA's tiles ahead of the other warps and sends them on."""
+
+import cutlass.cute as cute
+
+from flash_attn_cute.device.kv_range import Window
+from flash_attn_cute.device.output_rows import clear_rows
+from flash_attn_cute.device.pipelines import MbarrierRing
+from flash_attn_cute.device.seqlens import Seqlens
+from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range
+from flash_attn_cute.tile_scheduler import TileMailbox, TileOrder, TileScheduler, WorkTile
+
+
+@cute.jit
+def schedule(spec: ForwardSpec, order: TileOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors):
+    """Sends every tile of this CTA that sees a key, and at last `WorkTile.none()`. Tiles that see none it settles."""
+    scheduler = TileScheduler(tensors.semaphore)
+    position = MbarrierRing.start()
+    number, _, _ = cute.arch.block_idx()
+    while number < order.num_tiles:
+        work, seqlens = order.decode(number)
+        if work.is_work():
+            if kv_range(spec, work, seqlens, window).num_tiles() > 0:
+                mailbox.send(position, work, seqlens)
+                position = position.next()
+                # Only now: a number taken early is work that an idle CTA cannot have.
+                mailbox.wait_sent(position, seqlens)
+            else:
+                clear_rows(spec, work, seqlens, tensors)
+        number = scheduler.next(number)
+    mailbox.send(position, WorkTile.none(), Seqlens.none())
+    scheduler.finish()

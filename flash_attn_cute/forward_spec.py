@@ -1,0 +1,115 @@
+"""What a forward kernel of any architecture is compiled for, and what a launch of it is given."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
+from flash_attn_cute.tile_scheduler import TileOrder, WorkTile
+from flash_attn_cute.tuning import Sm90Tile
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """What is fixed when a kernel is compiled."""
+
+    dtype: type  # cutlass.BFloat16 or cutlass.Float16
+    tile: Sm90Tile
+    qheads_per_kvhead: int
+    rows_per_token: int  # rows a token takes in a query tile: 1, or at least qheads_per_kvhead where heads are packed
+    causal: bool
+    window_left: bool
+    window_right: bool  # causal excludes it
+    softcap: bool
+
+    @property
+    def packed(self) -> bool:
+        return self.rows_per_token > 1
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tile.tile_m // self.rows_per_token
+
+
+class ForwardTensors(NamedTuple):
+    """Tensors of a call. q, out: (total_q, H, D) or (B, Sq, H, D); lse: (H, total_q) or (B, H, Sq); k, v likewise."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    out: cute.Tensor
+    lse: cute.Tensor | None
+    cu_seqlens_q: cute.Tensor | None
+    cu_seqlens_k: cute.Tensor | None
+    seqused_q: cute.Tensor | None
+    seqused_k: cute.Tensor | None
+    sink: cute.Tensor | None
+    semaphore: cute.Tensor | None
+
+    @property
+    def packed_q(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def packed_k(self) -> bool:
+        return self.cu_seqlens_k is not None
+
+    @property
+    def ragged_k(self) -> bool:
+        """Whether keys of a sequence may end before the tensor does, so that loads have to be told where."""
+        return self.cu_seqlens_k is not None or self.seqused_k is not None
+
+
+class ForwardScalars(NamedTuple):
+    """Numbers of a call, none of which is compiled in."""
+
+    softmax_scale: Float32
+    softcap: Float32  # read where the kernel was compiled with one
+    window_left: Int32
+    window_right: Int32
+    seqlen_k: Int32  # of batched k, which may be 0 where a tensor map's extent may not
+    num_tiles: Int32
+    grid: Int32
+    section_heads: Int32
+    section_tiles: Int32
+
+
+def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:
+    q, cu_seqlens_q = tensors.q, tensors.cu_seqlens_q
+    return SeqlenSource(
+        SeqlenTensors(cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k),
+        cute.size(cu_seqlens_q) - 1 if const_expr(tensors.packed_q) else cute.size(q, mode=[0]),
+        cute.size(q, mode=[0 if const_expr(tensors.packed_q) else 1]),
+        scalars.seqlen_k,
+    )
+
+
+def window_of(spec: ForwardSpec, scalars: ForwardScalars) -> Window:
+    right = None
+    if const_expr(spec.causal):
+        right = Int32(0)
+    elif const_expr(spec.window_right):
+        right = scalars.window_right
+    return Window(scalars.window_left if const_expr(spec.window_left) else None, right)
+
+
+def tile_order(spec: ForwardSpec, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource) -> TileOrder:
+    heads = cute.size(tensors.q, mode=[cute.rank(tensors.q) - 2])
+    return TileOrder(
+        source,
+        heads // spec.qheads_per_kvhead if spec.packed else heads,
+        scalars.num_tiles,
+        scalars.section_heads,
+        scalars.section_tiles,
+        spec.tokens_per_tile,
+        longest_first=spec.causal or spec.window_right,
+    )
+
+
+def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
+    """KV tiles that the queries of a work tile see."""
+    tokens = spec.tokens_per_tile
+    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
