@@ -120,9 +120,12 @@ class Assembler:
         self.global_slots: dict[tuple[str, int], int] = {}
         self.dynamic: list[int] = []
         self.unknown: list[str] = []
-        self.branches: list[tuple[int, Scope, str]] = []
-        self.pool_branches: list[tuple[int, Scope, str]] = []
-        self.first_row: list[int] = []  # of each PTX instruction
+        self.branches: list[tuple[int, str, Scope, str]] = []
+        self.pool_branches: list[tuple[int, str, Scope, str]] = []
+        self.first_row: dict[str, list[int]] = {}  # of each PTX instruction, by kernel or function
+        self.body = entry  # being assembled: the kernel, then the functions that it calls
+        self.called: dict[str, int] = {}  # the slot of a function's return address
+        self.calls: list[tuple[int, str]] = []
         self.scratch: dict[int, int] = {}
         self.current: Instruction | None = None
         self._place_variables()
@@ -142,10 +145,21 @@ class Assembler:
                     self.shared_offset[variable.name] = end
                     end += variable.size
             elif variable.space == "local":
-                local = -(-local // variable.align) * variable.align
-                self.local_offset[variable.name] = local
-                local += variable.size
+                local = self._place_local(variable, local)
+        # What calls take and return is local memory. Calls declare it under the same few names; the largest counts.
+        passed: dict[str, Variable] = {}
+        for body in (self.entry, *self.module.functions.values()):
+            for variable in (*body.variables, *(body.results + body.parameters if body is not self.entry else ())):
+                if variable.space == "param" and variable.size > getattr(passed.get(variable.name), "size", 0):
+                    passed[variable.name] = self.variables[variable.name] = variable
+        for variable in passed.values():
+            local = self._place_local(variable, local)
         self.shared_end, self.shared_align, self.local_bytes = end, align, local
+
+    def _place_local(self, variable: Variable, end: int) -> int:
+        start = -(-end // 16) * 16
+        self.local_offset[variable.name] = start
+        return start + variable.size
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
@@ -223,7 +237,7 @@ class Assembler:
                     self.specials.append((slot, int(width == 2), SPECIALS["shared_address"], offset))
                 return self.special_of[key]
             return self.special("shared_address", width, self.shared_offset[name] + offset)
-        if variable.space == "local":
+        if variable.name in self.local_offset:
             return self.constant(self.local_offset[name] + offset, width)
         key = (name, offset)
         if key not in self.global_slots:
@@ -294,7 +308,7 @@ class Assembler:
         if value is not None:
             return self.constant(value, 2), operand.offset, True
         variable = self.variables.get(operand.base)
-        narrow = variable is not None and variable.space in ("shared", "local")
+        narrow = variable is not None and (variable.space == "shared" or variable.name in self.local_offset)
         slot = self.symbol(operand.base, operand.offset, 1 if narrow else 2)
         if slot is None:
             raise Unsupported(f"address {operand.base!r}")
@@ -326,32 +340,23 @@ class Assembler:
         self.unknown.append(text)
 
     def branch(self, row: int, label: str) -> None:
-        self.branches.append((row, self.current.scope, label))
+        self.branches.append((row, self.body.name, self.current.scope, label))
 
     def assemble(self) -> Program:
-        for instruction in self.entry.instructions:
-            self.current = instruction
-            self.first_row.append(len(self.rows))
-            lowering = _find(instruction.opcode)
-            mark = len(self.rows)
-            try:
-                if lowering is None:
-                    raise Unsupported("")
-                lowering(self, instruction)
-            except Unsupported as error:
-                del self.rows[mark:]
-                self.emit_unknown(instruction, str(error))
-        self.first_row.append(len(self.rows))
-        # Running off the end is a return.
-        self.current = Instruction(0, ("exit",), (), None, False, Scope(None, 0))
-        self.emit("exit")
+        self._assemble_body(self.entry)
+        done = 0
+        while done < len(self.called):  # a function may call others
+            self._assemble_body(self.module.functions[list(self.called)[done]])
+            done += 1
         code = np.zeros(len(self.rows), INSTRUCTION)
         for row, values in enumerate(self.rows):
             code[row] = values
-        for row, scope, label in self.branches:
-            code[row]["target"] = self._target(scope, label)
-        for position, scope, label in self.pool_branches:
-            self.pool[position] = self._target(scope, label)
+        for row, body, scope, label in self.branches:
+            code[row]["target"] = self._target(body, scope, label)
+        for position, body, scope, label in self.pool_branches:
+            self.pool[position] = self._target(body, scope, label)
+        for row, name in self.calls:
+            code[row]["target"] = self.first_row[name][0]
         return Program(
             kernel=self.entry.name,
             code=code,
@@ -370,11 +375,31 @@ class Assembler:
             directives=self.entry.directives,
         )
 
-    def _target(self, scope: Scope, label: str) -> int:
+    def _assemble_body(self, body: Entry) -> None:
+        self.body = body
+        first_row = self.first_row[body.name] = []
+        for instruction in body.instructions:
+            self.current = instruction
+            first_row.append(len(self.rows))
+            lowering = _find(instruction.opcode)
+            mark = len(self.rows)
+            try:
+                if lowering is None:
+                    raise Unsupported("")
+                lowering(self, instruction)
+            except Unsupported as error:
+                del self.rows[mark:]
+                self.emit_unknown(instruction, str(error))
+        first_row.append(len(self.rows))
+        # Running off the end is a return.
+        self.current = Instruction(0, ("ret",), (), None, False, Scope(None, 0))
+        _find(("ret",))(self, self.current)
+
+    def _target(self, body: str, scope: Scope, label: str) -> int:
         index = scope.find_label(label)
         if index is None:
             raise ValueError(f"kernel {self.entry.name}: label {label} is not defined")
-        return self.first_row[index]
+        return self.first_row[body][index]
 
 
 def _find(opcode: tuple[str, ...]) -> Lowering | None:
@@ -387,7 +412,7 @@ def _find(opcode: tuple[str, ...]) -> Lowering | None:
 
 def assemble(module: Module, entry: Entry) -> Program:
     """The program of one entry."""
-    from . import lower_alu, lower_async, lower_memory, lower_tensor  # noqa: F401  (they register themselves)
+    from . import lower_alu, lower_async, lower_call, lower_memory, lower_tensor  # noqa: F401  (they register themselves)
 
     return Assembler(module, entry).assemble()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import sys
 import time
 from dataclasses import dataclass
 
@@ -65,6 +66,12 @@ class _Totals(ctypes.Structure):
     ]
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _print_text(text: bytes) -> None:
+    """What device code prints."""
+    sys.stdout.write(text.decode(errors="replace"))
+
+
 @functools.cache
 def core_library() -> ctypes.CDLL:
     """The compiled core; built at first use."""
@@ -74,6 +81,7 @@ def core_library() -> ctypes.CDLL:
     library.engine_instruction_size.restype = ctypes.c_int64
     if library.engine_instruction_size() != INSTRUCTION.itemsize:
         raise RuntimeError("the emulator's core and its assembler disagree about the size of an instruction")
+    library.engine_on_print(_print_text)
     return library
 
 

@@ -538,13 +538,13 @@ def bra(a: Assembler, i: Instruction) -> None:
 @lowers("brx")
 def brx(a: Assembler, i: Instruction) -> None:
     index, table = i.operands
-    labels = a.entry.branch_targets[table]
+    labels = a.body.branch_targets[table]
     first = len(a.pool)
     a.emit("brx", [a.reg(index)], pool=[0] * len(labels), sub=len(labels))
-    a.pool_branches.extend((first + k, i.scope, label) for k, label in enumerate(labels))
+    a.pool_branches.extend((first + k, a.body.name, i.scope, label) for k, label in enumerate(labels))
 
 
-@lowers("ret", "exit")
+@lowers("exit")
 def leave(a: Assembler, i: Instruction) -> None:
     a.emit("exit")
 

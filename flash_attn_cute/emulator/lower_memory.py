@@ -19,6 +19,11 @@ def space_of(opcode: tuple[str, ...]) -> int:
     return SPACES["generic"]
 
 
+def space_at(a: Assembler, i: Instruction, where: Address) -> int:
+    """The space of a load or store: what a call passes is local memory, what the launch passes is global."""
+    return SPACES["local"] if where.base in a.local_offset else space_of(i.opcode)
+
+
 def element(opcode: tuple[str, ...]) -> tuple[str, int, int]:
     """(letters, log2 of bytes, count) of what a load or store moves."""
     kind = opcode[-1]
@@ -40,7 +45,7 @@ def address_slots(a: Assembler, operand: Address) -> tuple[int, int, int]:
 def load(a: Assembler, i: Instruction) -> None:
     letters, log2, count = element(i.opcode)
     d, source = i.operands[0], i.operands[1]
-    space = SPACES["global"] if i.opcode[0] == "ldu" else space_of(i.opcode)
+    space = SPACES["global"] if i.opcode[0] == "ldu" else space_at(a, i, source)
     items = d.items if isinstance(d, Vector) else (d,)
     kinds = {a.kind(x) for x in items if x != "_"}
     kind = kinds.pop() if kinds else "b32"
@@ -61,9 +66,10 @@ def matrix(a: Assembler, i: Instruction) -> None:
     registers, where = (i.operands[0], i.operands[1]) if loading else (i.operands[1], i.operands[0])
     slot, offset, flag = address_slots(a, where)
     trans = "trans" in i.opcode
-    if shape not in ("m8n8", "m16n8") or (shape == "m16n8" and loading):
+    bytewise = "m16n16" if loading else "m16n8"  # always transposed
+    if shape not in ("m8n8", bytewise):
         raise Unsupported(shape)
-    sub = count | trans << 4 | (shape == "m16n8") << 5 | flag
+    sub = count | trans << 4 | (shape == bytewise) << 5 | flag
     a.emit(i.opcode[0], [slot], sub=sub, imm=offset, pool=a.vector(registers))
 
 
@@ -73,7 +79,7 @@ def store(a: Assembler, i: Instruction) -> None:
     where, value = i.operands[0], i.operands[1]
     width = {3: 2, 4: 4}.get(log2, 1)
     slot, offset, flag = address_slots(a, where)
-    sub = log2 | count << 4 | space_of(i.opcode) << 9 | flag
+    sub = log2 | count << 4 | space_at(a, i, where) << 9 | flag
     a.emit("st", [slot], sub=sub, imm=offset, pool=a.vector(value, width))
 
 

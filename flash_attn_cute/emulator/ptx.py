@@ -102,10 +102,11 @@ class Variable:
 
 @dataclass
 class Entry:
-    """One kernel."""
+    """One kernel, or a device function: `results` are what a function returns."""
 
     name: str
     parameters: list[Variable]
+    results: list[Variable] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     variables: list[Variable] = field(default_factory=list)
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -127,6 +128,7 @@ class Module:
     target: str = ""
     variables: list[Variable] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
+    functions: dict[str, Entry] = field(default_factory=dict)
 
 
 TYPE_BYTES = {
@@ -233,12 +235,17 @@ class _Parser:
 
     def _block(self, header: str, line: int) -> None:
         found = _ENTRY.match(header)
-        if not found or found["what"] != "entry":
-            self._skip_block()  # debug sections and device functions: a call to one is an unknown instruction
-            return
-        entry = _entry_header(found["rest"], line)
-        self.result.entries[entry.name] = entry
-        self._body(entry)
+        if not found:
+            self._skip_block()  # debug sections
+        elif found["what"] == "entry":
+            entry = _entry_header(found["rest"], line)
+            self.result.entries[entry.name] = entry
+            self._body(entry, Scope(None, 0))
+        else:
+            function = _function_header(found["rest"], line)
+            self.result.functions[function.name] = function
+            self.scopes += 1
+            self._body(function, Scope(None, self.scopes))
 
     def _skip_block(self) -> None:
         depth = 1
@@ -250,8 +257,7 @@ class _Parser:
             self.line += self.text.count("\n", self.position, found.end())
             self.position = found.end()
 
-    def _body(self, entry: Entry) -> None:
-        scope = Scope(None, 0)
+    def _body(self, entry: Entry, scope: Scope) -> None:
         text, position = self.text, self.position
         line = self.line
         while True:
@@ -307,6 +313,16 @@ class _Parser:
 _STOP = re.compile(r"[;{}()\[\]]")
 _BLANK = re.compile(r"[\s;]*")
 _DIRECTIVE = re.compile(r"\.(\w+)\s+([\d,\s]+)")
+
+
+def _function_header(text: str, line: int) -> Entry:
+    results = []
+    if text.startswith("("):
+        results = [_variable(item.strip(), line) for item in text[1 : text.index(")")].split(",") if item.strip()]
+        text = text[text.index(")") + 1 :].strip()
+    function = _entry_header(text, line)
+    function.results = results
+    return function
 
 
 def _entry_header(text: str, line: int) -> Entry:
@@ -403,6 +419,8 @@ def _split(text: str) -> list[str]:
 
 
 def _operand(text: str):
+    if text.startswith("("):  # of a call: what it takes or returns
+        return Vector(tuple(item for item in _split(text[1:-1]) if item))
     if text.startswith("{"):
         return Vector(tuple(_operand(item) for item in _split(text[1:-1])))
     if text.startswith("["):

@@ -92,6 +92,12 @@ FIRES_100 = {
         "reaches lanes 0 to 31",
         "add.u32 %r3, %r2, 0x200000; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r3], {%r0};" + FREE,
     ),
+    "a CTA that the cluster does not have": (
+        errors.OutOfBounds,
+        "names CTA 1 of a cluster of 1",
+        "mapa.shared::cluster.u32 %r3, %r1, %r0; setp.lt.u32 %p1, %r0, 2; @%p1 st.shared::cluster.b32 [%r3+8], %r0;"
+        + FREE,
+    ),
 }
 
 

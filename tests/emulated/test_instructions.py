@@ -417,6 +417,154 @@ def test_local_memory_and_constants():
     assert (ptx_out == np.arange(32) + 7).all()
 
 
+MATRICES = """.version 8.8
+.target sm_100a
+.address_size 64
+.visible .entry k(.param .u64 p0, .param .u64 p1) {
+.reg .b32 %r<19>; .reg .b64 %a<9>; .shared .align 16 .b8 buffer[512];
+ld.param.b64 %a0, [p0]; ld.param.b64 %a1, [p1];
+mov.u32 %r0, %tid.x; shl.b32 %r1, %r0, 4; cvt.u64.u32 %a2, %r1; mov.u32 %r2, buffer; add.u32 %r3, %r2, %r1;
+add.s64 %a0, %a0, %a2; add.s64 %a1, %a1, %a2;
+ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%a0];
+BODY
+ret; }"""
+
+
+def test_byte_matrices_are_stored_transposed():
+    """stmatrix.m16n8: register j of lane 4 g + t has rows g, g, g + 8, g + 8 of columns 2 t and 2 t + 1 of tile j."""
+    given, out = rng.integers(0, 256, (32, 16), dtype=np.uint8), np.zeros((32, 16), np.uint8)
+    body = """stmatrix.sync.aligned.m16n8.x4.trans.shared.b8 [%r3], {%r4, %r5, %r6, %r7}; bar.warp.sync -1;
+    ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3]; st.global.v4.b32 [%a1], {%r4, %r5, %r6, %r7};"""
+    launch(MATRICES.replace("BODY", body), [], [given, out], arch="sm_100a")
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for j in range(4):
+            first, second = out[8 * j + 2 * t], out[8 * j + 2 * t + 1]
+            assert list(given[lane, 4 * j : 4 * j + 4]) == [first[g], second[g], first[g + 8], second[g + 8]]
+
+
+def test_byte_matrices_are_loaded_transposed():
+    """ldmatrix.m16n16: register j of lane 4 g + t has bytes g and g + 8 of stored rows 4 t + 2 j and the next."""
+    given, out = rng.integers(0, 256, (32, 16), dtype=np.uint8), np.zeros((32, 16), np.uint8)
+    body = """st.shared.v4.b32 [%r3], {%r4, %r5, %r6, %r7}; bar.warp.sync -1;
+    ldmatrix.sync.aligned.m16n16.x2.trans.shared.b8 {%r4, %r5, %r6, %r7}, [%r3];
+    st.global.v4.b32 [%a1], {%r4, %r5, %r6, %r7};"""
+    launch(MATRICES.replace("BODY", body), [], [given, out], arch="sm_100a")
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for j in range(4):
+            row = 16 * (j // 2) + 4 * t + 2 * (j % 2)
+            expected = [given[row, g], given[row + 1, g], given[row, g + 8], given[row + 1, g + 8]]
+            assert list(out[lane, 4 * j : 4 * j + 4]) == expected
+
+
+def test_tensor_memory_lanes_are_relative_to_the_warp():
+    """An address with lane 0 means each warp's own quarter, as one with the quarter's first lane does."""
+    out = np.zeros(128, np.uint32)
+    ptx = """.version 8.8
+    .target sm_100a
+    .address_size 64
+    .visible .entry k(.param .u64 p0) {
+    .reg .b32 %r<9>; .reg .b64 %a<9>; .reg .pred %p; .shared .align 16 .b8 buffer[16];
+    ld.param.b64 %a0, [p0]; mov.u32 %r0, %tid.x; mov.u32 %r1, buffer; setp.lt.u32 %p, %r0, 32;
+    @%p tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;
+    bar.sync 0; ld.shared.b32 %r2, [%r1]; tcgen05.st.sync.aligned.32x32b.x1.b32 [%r2], {%r0};
+    shr.u32 %r3, %r0, 5; shl.b32 %r3, %r3, 21; add.u32 %r3, %r3, %r2;
+    tcgen05.ld.sync.aligned.32x32b.x1.b32 {%r4}, [%r3];
+    mad.wide.u32 %a1, %r0, 4, %a0; st.global.b32 [%a1], %r4;
+    bar.sync 0; @%p tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 32; ret; }"""
+    launch(ptx, [], [out], block=(128, 1, 1), arch="sm_100a")
+    assert (out == np.arange(128)).all()
+
+
+@pytest.mark.parametrize("kind, bits", [(11, 4), (12, 4), (13, 6)])
+def test_tensor_copies_of_less_than_a_byte(kind, bits):
+    """Packed (11), or each sixteen numbers at the start of sixteen bytes (12, 13); outside the tensor zeros."""
+    rows, columns, box = 6, 256, 128
+    row_bytes = columns * bits // 8
+    source = rng.integers(1, 256, (rows, row_bytes), dtype=np.uint8)
+    packed = box * bits // 8
+    width = packed if kind == 11 else box
+    out = np.zeros((8, width), np.uint8)
+    memory = np.zeros(32 + 64, np.uint32)
+    start = -memory.ctypes.data % 128 // 4
+    tensor_map = memory[start : start + 32]
+    address = source.ctypes.data
+    tensor_map[:4] = address & 0xFFFFFFFF, address >> 32, 2 | 1 << 4 | kind << 7 | 1 << 18, row_bytes // 16
+    tensor_map[8:10] = columns - 1, rows - 1
+    tensor_map[13:15] = (box - 1) << 24, 7
+    ptx = f""".version 8.8
+    .target sm_100a
+    .address_size 64
+    .visible .entry k(.param .u64 p0, .param .u64 p1, .param .u64 p2) {{
+    .reg .b32 %r<9>; .reg .b64 %a<9>; .reg .pred %p<3>; .shared .align 128 .b8 tile[{8 * width}];
+    .shared .align 8 .b8 barrier[8];
+    ld.param.b64 %a0, [p0]; ld.param.b64 %a1, [p2]; mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r2, barrier;
+    setp.ne.u32 %p1, %r0, 0; @%p1 bra WAIT;
+    mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {8 * width};
+    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%a0, {{128, -1}}], [%r2];
+    WAIT: bar.warp.sync -1; mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;
+    mov.u32 %r3, 0;
+    NEXT: add.u32 %r4, %r3, %r0; shl.b32 %r4, %r4, 2; add.u32 %r5, %r1, %r4; ld.shared.b32 %r6, [%r5];
+    cvt.u64.u32 %a2, %r4; add.s64 %a2, %a2, %a1; st.global.b32 [%a2], %r6;
+    add.u32 %r3, %r3, 32; setp.lt.u32 %p1, %r3, {2 * width}; @%p1 bra NEXT;
+    ret; }}"""
+    launch(ptx, [], [tensor_map, source, out], arch="sm_100a")
+    expected = np.zeros((8, packed), np.uint8)
+    expected[1:7] = source[:, row_bytes // 2 : row_bytes // 2 + packed]
+    if kind != 11:
+        spread = np.zeros((8, box // 16, 16), np.uint8)
+        spread[:, :, : 2 * bits] = expected.reshape(8, box // 16, 2 * bits)
+        expected = spread.reshape(8, box)
+    assert (out == expected).all()
+
+
+CALLS = """.version 8.8
+.target sm_90a
+.address_size 64
+.extern .func (.param .b32 r) vprintf (.param .b64 a, .param .b64 b);
+.global .align 1 .b8 words[32] = {37, 100, 32, 37, 115, 32, 37, 46, 50, 102, 32, 37, 108, 120, 37, 37, 10, 0,
+111, 107, 0};
+.func (.param .b32 twice_r) twice (.param .b32 twice_x) {
+.reg .b32 %r<3>;
+ld.param.b32 %r1, [twice_x]; add.u32 %r2, %r1, %r1; st.param.b32 [twice_r], %r2; ret; }
+.func (.param .b32 f_r) f (.param .b32 f_x, .param .align 8 .b8 f_y[16]) {
+.reg .b32 %r<9>; .reg .pred %p1;
+ld.param.b32 %r1, [f_x]; ld.param.b32 %r2, [f_y+12]; setp.gt.u32 %p1, %r1, 9; @%p1 bra MORE;
+add.u32 %r3, %r1, %r2; st.param.b32 [f_r], %r3; ret;
+MORE: { .param .b32 x; .param .b32 y; st.param.b32 [x], %r1; call (y), twice, (x); ld.param.b32 %r3, [y]; }
+st.param.b32 [f_r], %r3; ret; }
+.visible .entry k(.param .u64 p0) {
+.reg .b32 %r<9>; .reg .b64 %a<9>; .reg .pred %p1;
+mov.u32 %r0, %tid.x; ld.param.b64 %a0, [p0]; mad.wide.u32 %a1, %r0, 4, %a0;
+BODY
+ret; }"""
+
+
+def test_calls_of_device_functions():
+    out = np.zeros(32, np.uint32)
+    body = """{ .param .b32 x; .param .align 8 .b8 y[16]; .param .b32 z;
+    st.param.b32 [x], %r0; st.param.b32 [y+12], 100; call.uni (z), f, (x, y); ld.param.b32 %r1, [z]; }
+    { .param .b32 x; .param .b32 z; st.param.b32 [x], %r1; call.uni (z), twice, (x); ld.param.b32 %r1, [z]; }
+    st.global.b32 [%a1], %r1;"""
+    launch(CALLS.replace("BODY", body), [], [out])
+    lane = np.arange(32)
+    assert (out == np.where(lane > 9, 4 * lane, 2 * (lane + 100))).all()
+
+
+def test_printf(capsys):
+    body = """.local .align 8 .b8 depot[32];
+    setp.gt.u32 %p1, %r0, 1; @%p1 bra END;
+    mov.b64 %a2, depot; cvta.local.u64 %a3, %a2; sub.u32 %r1, %r0, 1; st.local.b32 [%a2], %r1;
+    mov.b64 %a4, words; add.u64 %a5, %a4, 18; st.local.b64 [%a2+8], %a5;
+    mov.b64 %a6, 0x4000000000000000; st.local.b64 [%a2+16], %a6; st.local.b64 [%a2+24], 255;
+    { .param .b64 p; .param .b64 q; .param .b32 z; st.param.b64 [p], %a4; st.param.b64 [q], %a3;
+    call.uni (z), vprintf, (p, q); }
+    END:"""
+    launch(CALLS.replace("BODY", body), [], [np.zeros(32, np.uint32)])
+    assert capsys.readouterr().out == "-1 ok 2.00 ff%\n0 ok 2.00 ff%\n"
+
+
 def test_unknown_instruction_is_an_error_only_where_it_is_reached():
     lane = np.arange(32, dtype=np.uint32)
     body = "setp.gt.u32 %p1, %r1, {limit}; mov.b32 %o0, %r1; @%p1 frobnicate.b32 %o0, %r1;"

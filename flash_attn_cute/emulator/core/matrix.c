@@ -1,4 +1,4 @@
-/* ldmatrix and stmatrix: 8 x 8 tiles of 16-bit numbers between shared memory and a warp's registers; and mma.sync, the
+/* ldmatrix and stmatrix: tiles of 8 x 8 16-bit numbers or 16 x 8 bytes between shared memory and a warp's registers; and mma.sync, the
  * warp's own product of register fragments. */
 #include "machine.h"
 
@@ -38,8 +38,42 @@ static void move_tiles(Warp *w, const Instr *in, int loading)
     }
 }
 
-void op_ldmatrix(Warp *w, const Instr *in, uint32_t mask) { UNUSED(mask), move_tiles(w, in, 1); }
-void op_stmatrix(Warp *w, const Instr *in, uint32_t mask) { UNUSED(mask), move_tiles(w, in, 0); }
+/* Transposed tiles of bytes, whose stored rows are columns of 16. Lane 4 g + t has the bytes g and g + 8 of two rows in a register:
+ * of rows 2 t and 2 t + 1 in a store (m16n8), of 4 t + 2 j and the next in register j of a load (m16n16). */
+static void move_byte_tiles(Warp *w, const Instr *in, int loading)
+{
+    if (!require_lanes(w, FULL_MASK))
+        return;
+    int tiles = (int)in->sub & 15, registers = loading ? 2 : 1, rows = 8 * registers;
+    for (int tile = 0; tile < tiles; tile++)
+        for (int row = 0; row < rows; row++) {
+            int from = tile * rows + row;
+            uint32_t address = (uint32_t)((in->sub & ADDRESS_WIDE ? R64(0)[from] : R32(0)[from]) + (uint64_t)in->imm);
+            if (address & 15)
+                fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
+            uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);
+            int t = loading ? row / 4 : row / 2, j = loading ? row / 2 % 2 : 0;
+            for (int column = 0; column < 16; column++) {
+                uint32_t *to = &lanes32(w, POOL(tile * registers + j))[4 * (column % 8) + t];
+                int shift = 8 * ((row & 1) + 2 * (column / 8));
+                if (loading)
+                    *to = (*to & ~(255u << shift)) | (uint32_t)bytes[column] << shift;
+                else
+                    bytes[column] = (uint8_t)(*to >> shift);
+            }
+        }
+}
+
+static void move_matrix(Warp *w, const Instr *in, int loading)
+{
+    if (in->sub & BYTES)
+        move_byte_tiles(w, in, loading);
+    else
+        move_tiles(w, in, loading);
+}
+
+void op_ldmatrix(Warp *w, const Instr *in, uint32_t mask) { UNUSED(mask), move_matrix(w, in, 1); }
+void op_stmatrix(Warp *w, const Instr *in, uint32_t mask) { UNUSED(mask), move_matrix(w, in, 0); }
 
 /* mma.sync m16n8kK. sub: format of a | format of b << 4 | bytes of K in a row << 8 | f16 sums << 16. pool: d, a, b, c registers */
 void op_mma(Warp *w, const Instr *in, uint32_t mask)

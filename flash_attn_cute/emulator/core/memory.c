@@ -271,12 +271,11 @@ void op_st_async(Warp *w, const Instr *in, uint32_t mask)
     }
 }
 
-/* mapa: the same place in another CTA of the cluster. r: d, address, rank; sub bit 0: 64-bit generic */
+/* mapa: the same place in another CTA of the cluster. r: d, address, rank; sub bit 0: 64-bit generic. Whole warps compute addresses
+ * of which few lanes use theirs, so a CTA that does not exist is an error only where its memory is touched. */
 void op_mapa(Warp *w, const Instr *in, uint32_t mask)
 {
-    FOR_LANES(uint32_t rank = R32(2)[i];
-              if (rank >= (uint32_t)w->cta->cluster->size)
-                  fault(w, in, FAULT_OUT_OF_BOUNDS, "mapa to CTA %u of a cluster of %d", rank, w->cta->cluster->size);
+    FOR_LANES(uint32_t rank = R32(2)[i] < 255 ? R32(2)[i] : 255;
               if (in->sub & 1) R64(0)[i] = (R64(1)[i] & ~0xff000000ull) | ((uint64_t)rank << 24);
               else R32(0)[i] = (R32(1)[i] & SHARED_OFFSET_MASK) | (rank << 24));
 }

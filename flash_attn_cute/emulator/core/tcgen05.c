@@ -111,6 +111,8 @@ static void move_registers(Warp *w, const Instr *in, uint32_t mask, int loading)
     Cta *cta = w->cta;
     Machine *m = w->machine;
     uint32_t first = 32 * ((uint32_t)w->index & 3), high = 0;
+    if (base_lane < 32) /* programs leave the warp's part out: each reaches its own quarter only, so nothing else can be meant */
+        base_lane += first;
     if (base_lane < first || base_lane + (shape ? 16 : 32) > first + 32)
         fault(w, in, FAULT_OUT_OF_BOUNDS, "tensor memory lane %u: warp %d reaches lanes %u to %u", base_lane, w->index, first, first + 31);
     for (int r = 0; r < (int)count; r++)

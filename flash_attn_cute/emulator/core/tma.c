@@ -11,13 +11,15 @@ enum { TMA_LOAD, TMA_STORE, TMA_REDUCE };
 typedef struct {
     uint64_t base, strides[5];
     uint32_t dims[5], box[5];
-    int rank, element, type;
+    int rank, type;
+    int bits, shared_bits;   /* of an element in global and in shared memory: 4 and 6 bits may be spread there, 16 to 16 bytes */
     uint32_t swizzle, shift; /* as in SharedOperand */
 } TensorMap;
 
 static TensorMap read_map(Machine *m, int32_t line, const uint32_t *words)
 {
-    static const int sizes[16] = {1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2, 4, 4, 0, 0, 0};
+    /* 8- to 64-bit integers, halves, floats (7, flushing 8), doubles, bf16; 11: 4 bits packed, 12: 4 bits spread, 13: 6 bits spread */
+    static const int sizes[16] = {8, 16, 32, 32, 64, 64, 16, 32, 32, 64, 16, 4, 4, 6, 0, 0};
     static const uint32_t swizzles[8] = {0, 0x10, 0x30, 0x70, 0, 0, 0, 0};
     TensorMap t;
     memset(&t, 0, sizeof t);
@@ -26,15 +28,15 @@ static TensorMap read_map(Machine *m, int32_t line, const uint32_t *words)
     t.base = words[0] | (uint64_t)words[1] << 32;
     t.rank = (int)(words[2] >> 4 & 7) + 1;
     t.type = (int)(words[2] >> 7 & 15);
-    t.element = sizes[t.type];
+    t.bits = sizes[t.type];
+    t.shared_bits = t.type == 12 || t.type == 13 ? 8 : t.bits;
     t.swizzle = swizzles[words[2] >> 13 & 7];
     t.shift = 3;
     uint32_t atom = words[2] >> 19 & 3; /* 0: pieces of 16 bytes are moved, 1: of 32 */
     if (atom == 1 && t.swizzle == 0x70)
         t.swizzle = 0x60, t.shift = 2;
-    if (!t.element || t.rank > 5 || (words[2] >> 13 & 7) > 3 || atom > 1)
+    if (!t.bits || t.rank > 5 || (words[2] >> 13 & 7) > 3 || atom > 1)
         machine_fault(m, FAULT_UNSUPPORTED, line, "tensor map of type %d, rank %d, swizzle %u", t.type, t.rank, words[2] >> 13 & 7);
-    t.strides[0] = (uint64_t)t.element;
     for (int d = 1; d < 5; d++)
         t.strides[d] = (words[2 + d] | (uint64_t)(words[7] >> (4 * (d - 1)) & 15) << 32) << 4;
     for (int d = 0; d < 5; d++)
@@ -75,12 +77,22 @@ static void reduce_bytes(uint8_t *to, const uint8_t *from, uint64_t size, int el
     }
 }
 
-/* One row of a box between global memory and swizzled shared memory, in the 16-byte pieces that the swizzle moves. */
+/* Sixteen numbers of less than a byte lie at the start of sixteen bytes; the rest of those is padding. */
+static void spread(uint8_t *shared, const uint8_t *memory, const TensorMap *t)
+{
+    size_t packed = (size_t)(16 * t->bits / 8);
+    memcpy(shared, memory, packed);
+    memset(shared + packed, 0, 16 - packed);
+}
+
+/* One row of a box between global memory and swizzled shared memory, in the 16-byte pieces that the swizzle moves. `skip`, `bytes` and
+ * `row_bytes` are of shared memory. */
 static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint32_t offset, uint64_t global, int64_t skip, int64_t bytes,
                      int64_t row_bytes, int what)
 {
     int load = what == TMA_LOAD;
-    uint8_t *memory = bytes > 0 ? global_or_fault(m, op, global, (uint64_t)bytes, !load) : NULL;
+    int spreads = t->shared_bits != t->bits;
+    uint8_t *memory = bytes > 0 ? global_or_fault(m, op, global, (uint64_t)(bytes * t->bits / t->shared_bits), !load) : NULL;
     for (int64_t at = 0; at < row_bytes;) {
         uint32_t address = offset + (uint32_t)at;
         int64_t piece = 16 - (address & 15);
@@ -92,7 +104,9 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
         if (load) {
             if (to - from < piece)
                 memset(shared, 0, (size_t)piece);
-            if (to > from)
+            if (to > from && spreads)
+                spread(shared, memory + (from - skip) * t->bits / t->shared_bits, t);
+            else if (to > from)
                 memcpy(shared + (from - at), memory + (from - skip), (size_t)(to - from));
             memset(cta->shadow + physical, 1, (size_t)piece);
         } else if (to > from) {
@@ -100,7 +114,7 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
             if (what == TMA_STORE)
                 memcpy(memory + (from - skip), shared + (from - at), (size_t)(to - from));
             else
-                reduce_bytes(memory + (from - skip), shared + (from - at), (uint64_t)(to - from), t->element, t->type,
+                reduce_bytes(memory + (from - skip), shared + (from - at), (uint64_t)(to - from), t->bits / 8, t->type,
                              op->in->sub >> 8 & 15);
         }
         at += piece;
@@ -109,7 +123,7 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
 
 static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint32_t offset, const int32_t *coordinates, int what)
 {
-    int64_t row_bytes = (int64_t)t->box[0] * t->element, rows = 1;
+    int64_t row_bytes = (int64_t)t->box[0] * t->shared_bits / 8, rows = 1;
     for (int d = 1; d < t->rank; d++)
         rows *= t->box[d];
     shared_bounds(m, op, cta, offset, (uint64_t)(rows * row_bytes));
@@ -120,15 +134,15 @@ static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
     for (int64_t row = 0; row < rows; row++) {
         int64_t rest = row;
         int inside = count > 0;
-        uint64_t global = t->base + (uint64_t)(coordinates[0] + first) * t->strides[0];
+        uint64_t global = t->base + (uint64_t)((coordinates[0] + first) * t->bits / 8);
         for (int d = 1; d < t->rank; d++) {
             int64_t at = coordinates[d] + rest % t->box[d];
             rest /= t->box[d];
             inside = inside && at >= 0 && at < (int64_t)t->dims[d];
             global += (uint64_t)at * t->strides[d];
         }
-        copy_row(m, op, t, cta, offset + (uint32_t)(row * row_bytes), global, first * t->element, inside ? count * t->element : 0,
-                 row_bytes, what);
+        copy_row(m, op, t, cta, offset + (uint32_t)(row * row_bytes), global, first * t->shared_bits / 8,
+                 inside ? count * t->shared_bits / 8 : 0, row_bytes, what);
     }
 }
 
@@ -147,12 +161,15 @@ static void run_tensor(Machine *m, AsyncOp *op)
     const int32_t *coordinates = (const int32_t *)op->words + 16;
     int what = (int)op->in->sub & 3, pair = (op->in->sub >> 12 & 1) != 0;
     uint32_t shared = (uint32_t)op->args[0], barrier = (uint32_t)op->args[1], offset = shared & SHARED_OFFSET_MASK;
-    int64_t bytes = t.element;
+    int64_t bytes = t.shared_bits;
     if (offset & (t.swizzle ? 127 : 15))
         machine_fault(m, FAULT_MISALIGNED, op->in->line, "tensor copy at shared address 0x%x, not aligned to %d bytes", offset,
                       t.swizzle ? 128 : 16);
     for (int d = 0; d < t.rank; d++)
         bytes *= t.box[d];
+    bytes /= 8;
+    if (what != TMA_LOAD && t.shared_bits != t.bits)
+        machine_fault(m, FAULT_UNSUPPORTED, op->in->line, "a store through a tensor map of type %d, which spreads its numbers", t.type);
     if (what != TMA_LOAD) {
         copy_box(m, op, &t, &op->cluster->ctas[shared >> 24], offset, coordinates, what);
         m->totals.tma_store_bytes += bytes;

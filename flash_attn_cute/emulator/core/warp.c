@@ -191,6 +191,27 @@ void op_brx(Warp *w, const Instr *in, uint32_t mask)
     w->event = EVENT_SWITCH;
 }
 
+/* call: r[0] keeps, for each lane, where it goes on. */
+void op_call(Warp *w, const Instr *in, uint32_t mask)
+{
+    FOR_LANES(R32(0)[i] = (uint32_t)w->pc + 1);
+    op_bra(w, in, mask);
+}
+
+/* Lanes that came from one place return to it together; the others take their own turn at this instruction. */
+void op_return(Warp *w, const Instr *in, uint32_t mask)
+{
+    Instr jump = *in;
+    uint32_t same = 0, target = R32(0)[__builtin_ctz(mask)];
+    for (uint32_t left = mask; left; left &= left - 1)
+        if (R32(0)[__builtin_ctz(left)] == target)
+            same |= left & -left;
+    jump.target = (int32_t)target;
+    op_bra(w, &jump, same);
+    if (mask & ~same)
+        w->next = w->pc;
+}
+
 void op_exit(Warp *w, const Instr *in, uint32_t mask)
 {
     UNUSED(in);

@@ -5,8 +5,8 @@
 
 enum { SUCCESS = 0, INVALID_VALUE = 1, MAX_RANK = 5 };
 
-/* By CUtensorMapDataType: 64-bit float, bf16 and the flushing float have other numbers in a descriptor. */
-static const uint8_t TYPES[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 11, 12, 13, 14, 15};
+/* By CUtensorMapDataType: from 64-bit floats on, a descriptor has other numbers, and TF32 is a float there. */
+static const uint8_t TYPES[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 7, 7, 11, 12, 13};
 
 int _cuTensorMapEncodeTiled(uint32_t *map, uint32_t type, uint32_t rank, void *address, const uint64_t *dimensions,
                             const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,
