@@ -1,5 +1,7 @@
 """Each check fires, and says which kernel, line and warp; the schedules differ, and repeat with their seed."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -106,6 +108,47 @@ def test_fires_on_tensor_memory(name):
     kind, message, body = FIRES_100[name]
     with pytest.raises(kind, match="(?s)kernel k.*" + message):
         run(TENSOR_MEMORY + body, arch="sm_100a")
+
+
+def tensor_map_array():
+    """64-byte aligned words: a tensor map (4 rows of 8 floats, a box of 2 rows of 4), and the tensor behind it."""
+    raw = np.zeros(64 + 16, np.uint32)
+    array = raw[-raw.ctypes.data % 64 // 4 :][:64]
+    base = array.ctypes.data + 128
+    array[:16] = 0
+    array[[0, 1]] = base & 0xFFFFFFFF, base >> 32
+    array[2] = 2 | 1 << 4 | 7 << 7 | 1 << 18  # two dimensions of floats
+    array[3] = 32 // 16
+    array[[8, 9]] = 8 - 1, 4 - 1
+    array[[13, 14]] = (4 - 1) << 24, 2 - 1
+    return array
+
+
+TENSOR_COPIES = {
+    "inside": (4, 1, None, ""),
+    "past the far ends": (8, 3, None, ""),
+    "before the first row": (4, -1, errors.OutOfBounds, "coordinate -1 of dimension 1: none may be negative"),
+    "before the first column": (-4, 0, errors.OutOfBounds, "coordinate -4 of dimension 0: none may be negative"),
+    "off 16 bytes": (1, 0, errors.Misaligned, "coordinate 1 of dimension 0, .*not a multiple of 16 bytes"),
+}
+
+
+@pytest.mark.parametrize("way", ["load", "store"])
+@pytest.mark.parametrize("name", TENSOR_COPIES)
+def test_coordinates_of_a_tensor_copy(name, way):
+    column, row, kind, message = TENSOR_COPIES[name]
+    body = f"setp.ne.u32 %p1, %r0, 0; @%p1 bra END; mov.b32 %r2, {column}; mov.b32 %r3, {row}; add.u32 %r4, %r1, 512;"
+    if way == "load":
+        body += """mbarrier.init.shared.b64 [%r4], 1; mbarrier.arrive.expect_tx.shared.b64 %rd2, [%r4], 32;
+        cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd0, {%r2, %r3}], [%r4];
+        LOOP: mbarrier.try_wait.parity.shared.b64 %p2, [%r4], 0; @!%p2 bra LOOP;"""
+    else:
+        body += """st.shared.v4.b32 [%r1], {%r0, %r0, %r0, %r0}; st.shared.v4.b32 [%r1+16], {%r0, %r0, %r0, %r0};
+        fence.proxy.async.shared::cta;
+        cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd0, {%r2, %r3}], [%r1];
+        cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"""
+    with pytest.raises(kind, match=message) if kind else contextlib.nullcontext():
+        run(body + "END:", tensor_map_array())
 
 
 def test_checks_can_be_turned_off():

@@ -154,6 +154,20 @@ static void complete_on(Machine *m, AsyncOp *op, uint32_t rank, uint32_t barrier
     mbarrier_complete_tx(m, op->in->line, &cluster->ctas[owner], barrier & SHARED_OFFSET_MASK, bytes);
 }
 
+/* An H200 answers either with cudaErrorIllegalInstruction, on loads and on stores, whoever encoded the map: a box may leave the
+ * tensor at its far ends alone, and begins at a multiple of 16 bytes. csrc_notes/emulator.md has the measurement. */
+static void check_coordinates(Machine *m, AsyncOp *op, const TensorMap *t, const int32_t *coordinates)
+{
+    for (int d = 0; d < t->rank; d++)
+        if (coordinates[d] < 0)
+            machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "tensor copy from coordinate %d of dimension %d: none may be negative",
+                          coordinates[d], d);
+    if ((int64_t)coordinates[0] * t->bits % 128)
+        machine_fault(m, FAULT_MISALIGNED, op->in->line,
+                      "tensor copy from coordinate %d of dimension 0, elements of %d bits: not a multiple of 16 bytes", coordinates[0],
+                      t->bits);
+}
+
 /* args: shared address, barrier, CTA mask or 0. words: the map's 16, then coordinates */
 static void run_tensor(Machine *m, AsyncOp *op)
 {
@@ -165,6 +179,7 @@ static void run_tensor(Machine *m, AsyncOp *op)
     if (offset & (t.swizzle ? 127 : 15))
         machine_fault(m, FAULT_MISALIGNED, op->in->line, "tensor copy at shared address 0x%x, not aligned to %d bytes", offset,
                       t.swizzle ? 128 : 16);
+    check_coordinates(m, op, &t, coordinates);
     for (int d = 0; d < t.rank; d++)
         bytes *= t.box[d];
     bytes /= 8;

@@ -1,4 +1,4 @@
-"""A TMA load and a TMA store of one box: every swizzle, 1 to 5 dimensions, across every edge of the tensor.
+"""A TMA load and a TMA store of one box: every swizzle, 1 to 5 dimensions, across every far edge of the tensor.
 
 The box is also written out as it lies in shared memory, byte by byte, so that the swizzle itself is checked and not
 only that a load and a store undo each other.
@@ -152,15 +152,18 @@ def reference(config: Config, origin, x, raw, out):
 
 
 def origins(config: Config) -> dict[str, tuple[int, ...]]:
-    """Where the box begins: inside, across each edge alone, across all of them, and outside altogether."""
-    box, shape = config.box, config.shape
-    low = tuple(-(1 + extent // 4) for extent in box)
-    high = tuple(length - extent + 1 + extent // 4 for extent, length in zip(box, shape, strict=True))
-    middle = (1,) * config.rank
-    found = {"inside": middle, "below": low, "above": high, "outside": (*middle[:-1], shape[-1] + 1)}
+    """Where the box begins: inside, across each far edge alone, across all of them, and outside altogether.
+
+    Never before the tensor, nor off a multiple of 16 bytes: hardware refuses both.
+    """
+    unit = 16 // config.dtype.itemsize
+    middle = (unit, *(1 for _ in config.box[1:]))
+    high = tuple(length - extent + 1 + extent // 4 for extent, length in zip(config.box, config.shape, strict=True))
+    high = (-(-high[0] // unit) * unit, *high[1:])
+    past = (*middle[:-1], -(-(config.shape[-1] + 1) // unit) * unit)
+    found = {"inside": middle, "above": high, "outside": past}
     if config.swizzle == 128:
         for i in range(config.rank):
-            found[f"below{i}"] = (*middle[:i], low[i], *middle[i + 1 :])
             found[f"above{i}"] = (*middle[:i], high[i], *middle[i + 1 :])
     return found
 

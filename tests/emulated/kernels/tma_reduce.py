@@ -28,13 +28,17 @@ class Config(NamedTuple):
 
     @property
     def first_column(self) -> int:
-        """Where tiles begin in the output, which has 16 bytes more than a tile: the last 4 columns leave it."""
-        return 16 // self.dtype.itemsize + 4
+        """Where tiles begin in the output, which has 16 bytes more than a tile: the last 16 bytes leave it."""
+        return 32 // self.dtype.itemsize
+
+    @property
+    def columns_inside(self) -> int:
+        return self.columns - 16 // self.dtype.itemsize
 
 
 @cute.kernel
 def kernel(atom: cute.CopyAtom, target: cute.Tensor, x: cute.Tensor, config: cutlass.Constexpr):
-    """CTA i reduces tile i of x into the output from row 4 i - 2 on: tiles overlap, and the first and last leave it."""
+    """CTA i reduces tile i of x into the output from row 4 i on: tiles overlap, and the last leaves it."""
     lane, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     smem = SmemAllocator()
@@ -44,7 +48,7 @@ def kernel(atom: cute.CopyAtom, target: cute.Tensor, x: cute.Tensor, config: cut
         tile[i // config.columns, i % config.columns] = x[block, i // config.columns, i % config.columns]
     cute.arch.fence_proxy("async.shared", space="cta")
     cute.arch.sync_warp()
-    start = (4 * block - 2, config.first_column)
+    start = (4 * block, config.first_column)
     rows = cute.local_tile(cute.domain_offset(start, target), (ROWS, config.columns), (0, 0))
     given, to = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(tile, 0, 2), cute.group_modes(rows, 0, 2)
@@ -88,9 +92,9 @@ OPERATIONS = {
 def reference(config: Config, x, out):
     """Rows and columns outside of the output are dropped."""
     wide = out if not out.is_floating_point() else out.float()
-    for tile, start in zip(x, range(-2, 4 * CTAS - 2, 4), strict=True):
-        first, last = max(start, 0), min(start + ROWS, len(out))
-        values = tile[first - start : last - start, : config.columns - 4].to(wide.dtype)
+    for tile, first in zip(x, range(0, 4 * CTAS, 4), strict=True):
+        last = min(first + ROWS, len(out))
+        values = tile[: last - first, : config.columns_inside].to(wide.dtype)
         part = wide[first:last, config.first_column :]
         part.copy_(OPERATIONS[config.operation](part, values))
     return (wide.to(out.dtype),)
