@@ -1,6 +1,7 @@
 """Variable-length attention kernels for NVIDIA GPUs, written in CuTe DSL."""
 
 from flash_attn_cute.interface import Support, flash_attn_func, flash_attn_varlen_func, supports
+from flash_attn_cute.launch_combine import flash_attn_combine
 
 __version__ = "0.1.0"
-__all__ = ["Support", "flash_attn_func", "flash_attn_varlen_func", "supports"]
+__all__ = ["Support", "flash_attn_combine", "flash_attn_func", "flash_attn_varlen_func", "supports"]

@@ -53,6 +53,52 @@ def attention_plain(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor
     return _attention(tensors, problem, product_dtype=problem.dtype, softmax_dtype=softmax_dtype)
 
 
+def combine_reference(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    cu_seqlens: Tensor | None = None,
+    seqused: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_combine` computed in `compute_dtype`: what the argument names mean stands there.
+
+    Returns (out, lse) in `compute_dtype`. Differentiable in the partial results and the sink.
+    """
+    lse_partial = lse_partial.to(compute_dtype)
+    scores = lse_partial.movedim(0, -1)
+    if learnable_sink is not None:
+        sink = learnable_sink.to(compute_dtype)[:, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    largest = scores.detach().amax(dim=-1)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    total = torch.exp(scores - largest[..., None]).sum(dim=-1)
+    nothing = total == 0.0
+    total = total.masked_fill(nothing, 1.0)
+    weights = torch.exp(lse_partial - largest) / total
+    # What a split without keys holds is never looked at, NaN or not.
+    empty = (lse_partial == float("-inf"))[..., None]
+    out = (weights[..., None] * out_partial.to(compute_dtype).masked_fill(empty, 0.0)).sum(dim=0)
+    lse = (largest + torch.log(total)).masked_fill(nothing, float("-inf"))
+    padding = _padding_rows(lse.shape[:-1], cu_seqlens, seqused).to(out.device)[..., None]
+    return out.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, float("-inf")).transpose(-1, -2)
+
+
+def _padding_rows(lead: torch.Size, cu_seqlens: Tensor | None, seqused: Tensor | None) -> Tensor:
+    """Which rows of (total_q,) or (B, Sq) belong to no sequence, or lie past what is used of theirs."""
+    if len(lead) == 2:
+        used = [lead[1]] * lead[0] if seqused is None else seqused.tolist()
+        return torch.arange(lead[1])[None, :] >= torch.tensor(used, dtype=torch.long)[:, None]
+    if cu_seqlens is None:
+        return torch.zeros(lead, dtype=torch.bool)
+    padding = torch.ones(lead, dtype=torch.bool)
+    bounds = cu_seqlens.tolist()
+    for index, (start, stop) in enumerate(pairwise(bounds)):
+        padding[start : stop if seqused is None else min(stop, start + int(seqused[index]))] = False
+    return padding
+
+
 class _Sequence(NamedTuple):
     """One sequence: its rows of q, and its rows among all slots of k (a slice, or slot numbers where paged)."""
 

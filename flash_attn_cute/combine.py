@@ -1,0 +1,135 @@
+"""The combine kernel: merges the partial results of split sequences into the output.
+
+One warp takes a row where there are few splits, a whole CTA where there are many; which of the two changes no bit (see
+device/merge_splits.py). A launch is persistent: no more CTAs than fit at once, each walking over rows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.memory import SmemAllocator
+
+from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, RowMerger
+from flash_attn_cute.device.search import last_at_most
+
+WARPS = CHAINS
+THREADS = 32 * WARPS
+
+
+@dataclass(frozen=True)
+class CombineSpec:
+    """What is fixed when a kernel is compiled."""
+
+    head_dim_v: int
+    warps_per_row: int  # 1 or WARPS
+
+    @property
+    def rows_per_cta(self) -> int:
+        return WARPS // self.warps_per_row
+
+
+class CombineTensors(NamedTuple):
+    """Tensors of a call, packed or batched. Any strides, but head_dim_v is contiguous in `partial` and `out`."""
+
+    partial: cute.Tensor  # (splits, total_q, H, Dv) or (splits, B, Sq, H, Dv) float32
+    lse_partial: cute.Tensor  # (splits, total_q, H) or (splits, B, Sq, H) float32
+    out: cute.Tensor  # (total_q, H, Dv) or (B, Sq, H, Dv)
+    lse: cute.Tensor | None  # (H, total_q) or (B, H, Sq) float32
+    cu_seqlens: cute.Tensor | None
+    seqused: cute.Tensor | None
+    sink: cute.Tensor | None
+
+
+class Row(NamedTuple):
+    """One row of the output. `is_query` is false for padding, which gets zeros and -inf."""
+
+    batch: Int32  # 0 where packed
+    row: Int32
+    head: Int32
+    is_query: Boolean
+
+
+class Combine:
+    """Compile with `cute.compile(Combine(spec), CombineTensors, grid, stream)`."""
+
+    def __init__(self, spec: CombineSpec):
+        self.spec = spec
+
+    @cute.jit
+    def __call__(self, tensors: CombineTensors, grid: Int32, stream: cuda.CUstream):
+        self.kernel(tensors).launch(grid=[grid, 1, 1], block=[THREADS, 1, 1], stream=stream)
+
+    @cute.kernel
+    def kernel(self, tensors: CombineTensors):
+        merger = row_merger(self.spec.head_dim_v, self.spec.warps_per_row)
+        row_in_cta = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // self.spec.warps_per_row
+        num_rows = cute.size(tensors.out) // self.spec.head_dim_v
+        grid, _, _ = cute.arch.grid_dim()
+        block, _, _ = cute.arch.block_idx()
+        index = block * self.spec.rows_per_cta + row_in_cta
+        while index < num_rows:
+            row = self._row(tensors, index)
+            if const_expr(cute.rank(tensors.out) == 3):
+                partial = tensors.partial[None, row.row, row.head, None]
+                lse_partial = tensors.lse_partial[None, row.row, row.head]
+            else:
+                partial = tensors.partial[None, row.batch, row.row, row.head, None]
+                lse_partial = tensors.lse_partial[None, row.batch, row.row, row.head]
+            merge_row(merger, partial, lse_partial, cute.size(lse_partial), row, tensors)
+            index = index + grid * self.spec.rows_per_cta
+
+    @cute.jit
+    def _row(self, tensors: CombineTensors, index: Int32) -> Row:
+        heads = cute.size(tensors.out, mode=[cute.rank(tensors.out) - 2])
+        batch, row = Int32(0), index // heads
+        is_query = Boolean(True)
+        if const_expr(cute.rank(tensors.out) == 4):
+            rows = cute.size(tensors.out, mode=[1])
+            batch, row = row // rows, row % rows
+            if const_expr(tensors.seqused is not None):
+                is_query = row < tensors.seqused[batch]
+        elif const_expr(tensors.cu_seqlens is not None):
+            batch_size = cute.size(tensors.cu_seqlens) - 1
+            sequence = last_at_most(tensors.cu_seqlens, batch_size + 1, row)
+            is_query = sequence >= 0 and sequence < batch_size
+            if const_expr(tensors.seqused is not None):
+                if is_query:
+                    is_query = row - tensors.cu_seqlens[sequence] < tensors.seqused[sequence]
+        return Row(batch, row, index % heads, is_query)
+
+
+def row_merger(head_dim_v: int, warps_per_row: int) -> RowMerger:
+    """The calling warp's part, with its shared memory."""
+    smem = SmemAllocator()
+    weights = smem.allocate_tensor(Float32, cute.make_layout((MAX_SPLITS, WARPS)), byte_alignment=16)
+    exchange = None
+    if warps_per_row > 1:
+        exchange = smem.allocate_tensor(Float32, cute.make_layout((head_dim_v, warps_per_row)), byte_alignment=16)
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    return RowMerger(weights[None, warp], exchange, warp % warps_per_row, warps_per_row, head_dim_v)
+
+
+@cute.jit
+def merge_row(merger: RowMerger, partial: cute.Tensor, lse_partial: cute.Tensor, num_splits: Int32, row: Row, tensors):
+    """Merges one row and writes it to tensors.out and tensors.lse. partial: (splits, Dv); lse_partial: (splits,)."""
+    sink = None
+    if const_expr(tensors.sink is not None):
+        sink = tensors.sink[row.head].to(Float32)
+    splits = num_splits if row.is_query else Int32(0)
+    weights = merger.weigh(lse_partial, splits, sink)
+    sums = merger.accumulate(partial, splits, weights.first)
+    if merger.warp == 0:
+        lse = weights.lse if row.is_query else -Float32.inf
+        if const_expr(cute.rank(tensors.out) == 3):
+            merger.store(sums, weights.total, tensors.out[row.row, row.head, None])
+        else:
+            merger.store(sums, weights.total, tensors.out[row.batch, row.row, row.head, None])
+        if const_expr(tensors.lse is not None):
+            if cute.arch.lane_idx() == 0:
+                if const_expr(cute.rank(tensors.out) == 3):
+                    tensors.lse[row.head, row.row] = lse
+                else:
+                    tensors.lse[row.batch, row.head, row.row] = lse

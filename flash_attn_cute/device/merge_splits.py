@@ -1,0 +1,211 @@
+"""Merging the partial results of one output row: what each split of its keys contributed.
+
+A split's partial is a softmax of its own over its own keys: an output o_s and the log-sum-exp l_s of its scores, a
+natural logarithm. The row is sum_s exp(l_s - l) o_s with l = log(sum_s exp(l_s)) (Flash-Decoding, Dao et al., 2023).
+
+The order of the sum is fixed, whoever computes it: split s belongs to chain s % CHAINS, a chain is summed in the order
+of s by explicit fma, and the chains as (0 + 1) + (2 + 3). A split without keys (l_s = -inf) adds nothing, whatever its
+o_s holds, and so do splits that do not exist: the bits are a function of the row's own splits alone.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from flash_attn_cute.device.softmax import LN2, LOG2_E, exp2, fma
+
+WARP = 32
+MAX_SPLITS = 256
+CHAINS = 4
+# Of 16 bytes a lane, in flight at once: with fewer, many splits take that many more memory latencies one after another.
+LOADS_IN_FLIGHT = 8
+VECTOR = 4  # columns a lane takes at once, 16 bytes of float32
+
+
+class RowWeights(NamedTuple):
+    """What the log-sum-exps of a row's splits come to."""
+
+    total: Float32  # of the weights and the sink's; 0 where there is nothing
+    lse: Float32  # of the whole row, with the sink where there is one
+    first: Int32  # the first split that saw a key; MAX_SPLITS where none did
+
+
+@dataclass(frozen=True)
+class RowMerger:
+    """One warp's part of merging rows. `warps` of a CTA share a row, each taking some of its chains."""
+
+    weights: cute.Tensor  # (MAX_SPLITS,) float32 in shared memory, of this warp alone
+    exchange: cute.Tensor | None  # (head_dim_v, warps) float32 in shared memory, where several warps share a row
+    warp: Int32  # within those that share the row
+    warps: int  # 1 or CHAINS
+    head_dim_v: int
+
+    @property
+    def chains(self) -> int:
+        return CHAINS // self.warps
+
+    @property
+    def pieces(self) -> int:
+        """Vectors of a row that a lane holds."""
+        return -(-self.head_dim_v // (VECTOR * WARP))
+
+    @property
+    def width(self) -> int:
+        """Columns of a row that a lane holds."""
+        return self.pieces * VECTOR
+
+    @property
+    def loads(self) -> int:
+        """Splits that this warp loads at once."""
+        return max(LOADS_IN_FLIGHT // self.pieces, self.chains)
+
+    @property
+    def block_splits(self) -> int:
+        """Splits that all warps of a row load at once."""
+        return self.loads * self.warps
+
+    @cute.jit
+    def weigh(self, lse: cute.Tensor, num_splits: Int32, sink: Float32 | None) -> RowWeights:
+        """Fills `weights` with exp(lse - largest) for splits [0, num_splits), and 0 behind them. lse: (splits,)."""
+        lane = cute.arch.lane_idx()
+        values = []
+        largest = -Float32.inf if const_expr(sink is None) else sink
+        for i in cutlass.range_constexpr(MAX_SPLITS // WARP):
+            value = -Float32.inf
+            if i * WARP + lane < num_splits:
+                value = lse[i * WARP + lane]
+            values.append(value)
+            largest = cute.arch.fmax(largest, value)
+        for i in cutlass.range_constexpr(5):
+            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
+        # Any finite number does where there is nothing: exp2(-inf) is 0.
+        largest = 0.0 if largest == -Float32.inf else largest
+        total, first = Float32(0.0), Int32(MAX_SPLITS)
+        # Lanes of this warp may still be reading the weights of the row before.
+        cute.arch.sync_warp()
+        for i in cutlass.range_constexpr(MAX_SPLITS // WARP):
+            weight = exp2((values[i] - largest) * LOG2_E)
+            self.weights[i * WARP + lane] = weight
+            total = total + weight
+            if weight != 0.0:
+                first = cutlass.min(first, i * WARP + lane)
+        cute.arch.sync_warp()
+        first = cute.arch.warp_redux_sync(first, "min")
+        for i in cutlass.range_constexpr(5):
+            total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
+        if const_expr(sink is not None):
+            total = total + exp2((sink - largest) * LOG2_E)
+        lse_of_row = fma(cute.math.log2(total, fastmath=True), Float32(LN2), largest)
+        return RowWeights(total, -Float32.inf if total == 0.0 else lse_of_row, first)
+
+    @cute.jit
+    def accumulate(self, partial: cute.Tensor, num_splits: Int32, first: Int32) -> cute.Tensor:
+        """Sum of weight x partial over all splits, of this lane's columns, in warp 0 of those that share the row.
+
+        partial: (splits, head_dim_v) float32. The lane has columns 4 * (32 * i + lane) .. + 4 in elements 4 * i .. + 4.
+        A split of weight 0 may hold anything and is not read: the row's `first` split is read in its place, and not
+        counted.
+        """
+        sums = [cute.make_rmem_tensor(self.width, Float32) for _ in range(self.chains)]
+        for chain in sums:
+            chain.fill(0.0)
+        vectors = cute.logical_divide(partial, (None, cute.make_layout(VECTOR)))
+        if first < MAX_SPLITS:
+            # A block is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise, whatever
+            # their order in the source; across the back edge of a loop it has to let all of them fly.
+            loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
+            following = cute.make_rmem_tensor((self.width, self.loads), Float32)
+            self._load_block(vectors, Int32(0), first, loaded)
+            last = (num_splits - 1) // self.block_splits
+            for block in cutlass.range(last, unroll=1):
+                self._load_block(vectors, block + 1, first, following)
+                self._add_block(sums, block, loaded)
+                loaded.store(following.load())
+            self._add_block(sums, last, loaded)
+        if const_expr(self.warps == 1):
+            for i in cutlass.range_constexpr(self.width):
+                sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])
+        else:
+            self._add_warps(sums[0])
+        return sums[0]
+
+    @cute.jit
+    def for_piece(self, i: int, use: cutlass.Constexpr):
+        """Calls use(vector number in the row) for the i-th vector of this lane, if the row has it."""
+        column = i * WARP + cute.arch.lane_idx()
+        if const_expr((i + 1) * WARP * VECTOR <= self.head_dim_v):
+            use(column)
+        else:
+            if column < self.head_dim_v // VECTOR:
+                use(column)
+
+    def _splits_of_block(self, block: Int32):
+        """(index of the load, chain of this warp, split) of everything that a block of splits has for this warp."""
+        for i in range(self.loads):
+            chain = i % self.chains
+            yield i, chain, block * self.block_splits + i // self.chains * CHAINS + self.warp * self.chains + chain
+
+    @cute.jit
+    def _load_block(self, vectors: cute.Tensor, block: Int32, first: Int32, loaded: cute.Tensor):
+        for i, _, split in self._splits_of_block(block):
+            for piece in cutlass.range_constexpr(self.pieces):
+                # Lanes past the last column read it again.
+                column = cutlass.min(piece * WARP + cute.arch.lane_idx(), self.head_dim_v // VECTOR - 1)
+                source = vectors[split if self.weights[split] != 0.0 else first, (None, column)]
+                cute.autovec_copy(source, cute.local_tile(loaded[None, i], (VECTOR,), (piece,)))
+
+    @cute.jit
+    def _add_block(self, sums: list, block: Int32, loaded: cute.Tensor):
+        for i, chain, split in self._splits_of_block(block):
+            weight = self.weights[split]
+            for j in cutlass.range_constexpr(self.width):
+                value = 0.0 if weight == 0.0 else loaded[j, i]
+                sums[chain][j] = fma(weight, value, sums[chain][j])
+
+    @cute.jit
+    def _add_warps(self, own: cute.Tensor):
+        """Adds the chains of all warps into those of warp 0."""
+        pieces = [cute.local_tile(own, (VECTOR,), (i,)) for i in range(self.pieces)]
+        for i, piece in enumerate(pieces):
+            self.for_piece(i, lambda column, piece=piece: self._send_piece(piece, column))
+        cute.arch.sync_threads()
+        if self.warp == 0:
+            for i, piece in enumerate(pieces):
+                self.for_piece(i, lambda column, piece=piece: self._add_piece(piece, column))
+        # Before the next row's chains are written.
+        cute.arch.sync_threads()
+
+    def _exchanged(self, column: Int32, warp) -> cute.Tensor:
+        return cute.local_tile(self.exchange[None, warp], (VECTOR,), (column,))
+
+    def _send_piece(self, own: cute.Tensor, column: Int32):
+        cute.autovec_copy(own, self._exchanged(column, self.warp))
+
+    def _add_piece(self, own: cute.Tensor, column: Int32):
+        others = []
+        for warp in range(1, CHAINS):
+            values = cute.make_rmem_tensor(VECTOR, Float32)
+            cute.autovec_copy(self._exchanged(column, warp), values)
+            others.append(values)
+        for j in range(VECTOR):
+            own[j] = (own[j] + others[0][j]) + (others[1][j] + others[2][j])
+
+    def store(self, sums: cute.Tensor, total: Float32, out_row: cute.Tensor):
+        """sums / total, rounded to the type of `out_row` (head_dim_v,); zeros where total is 0."""
+        factor = _inverse(total)
+        pieces = cute.logical_divide(out_row, cute.make_layout(VECTOR))
+        for i in range(self.pieces):
+            rounded = cute.make_rmem_tensor(VECTOR, out_row.element_type)
+            scaled = cute.make_rmem_tensor(VECTOR, Float32)
+            for j in range(VECTOR):
+                scaled[j] = sums[VECTOR * i + j] * factor
+            rounded.store(scaled.load().to(out_row.element_type))
+            self.for_piece(i, lambda column, rounded=rounded: cute.autovec_copy(rounded, pieces[None, column]))
+
+
+@cute.jit
+def _inverse(total: Float32) -> Float32:
+    return 0.0 if total == 0.0 else 1.0 / total
