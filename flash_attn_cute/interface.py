@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_cute import launch
+from flash_attn_cute import launch, prepared_calls
 from flash_attn_cute.problem import AttentionTensors, Problem
 
 BACKENDS = ("auto", "cute", "emulator", "reference")
@@ -130,6 +130,27 @@ def flash_attn_varlen_func(
         key_bias,
         out,
     )
+    options = (
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        num_splits,
+        seqlen_k_per_split,
+        pack_gqa,
+        deterministic,
+        scheduler,
+        scheduler_metadata,
+        return_lse,
+        backend,
+    )
+    signature = prepared_calls.signature(tensors, options)
+    prepared = prepared_calls.find(signature)
+    if prepared is not None and not _wants_gradients(tensors):
+        out, lse = prepared.run(tensors)
+        return (out, lse) if return_lse else out
     problem = Problem.from_arguments(
         tensors,
         max_seqlen_q=max_seqlen_q,
@@ -147,7 +168,7 @@ def flash_attn_varlen_func(
     )
     if scheduler_metadata is not None and scheduler_metadata is not False:
         raise NotImplementedError("scheduler_metadata: planning on the device is not built yet")
-    out, lse = _attend(tensors, problem, backend)
+    out, lse = _attend(tensors, problem, backend, signature)
     return (out, lse) if return_lse else out
 
 
@@ -281,7 +302,9 @@ def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple
     return (None, f"{architecture} kernel: {reason}") if reason else (backend, None)
 
 
-def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[Tensor, Tensor | None]:
+def _attend(
+    tensors: AttentionTensors, problem: Problem, backend: str, signature: tuple | None
+) -> tuple[Tensor, Tensor | None]:
     chosen, reason = _choose(problem, backend, _capability_of(tensors.q))
     if chosen is None:
         raise NotImplementedError(reason)
@@ -298,7 +321,9 @@ def _attend(tensors: AttentionTensors, problem: Problem, backend: str) -> tuple[
         from flash_attn_cute.emulator import backend as emulator
 
         return emulator.run(tensors, problem)
-    return launch.run(tensors, problem)
+    prepared = launch.PreparedLaunch.of(tensors, problem)
+    prepared_calls.keep(signature, prepared)
+    return prepared.run(tensors)
 
 
 _capabilities: dict[torch.device, tuple[int, int] | str] = {}

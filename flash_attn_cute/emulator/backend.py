@@ -30,6 +30,6 @@ def run(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | N
 
 def _run_in_session(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | None]:
     on_device = AttentionTensors(*(None if tensor is None else tensor.cuda() for tensor in tensors))
-    out, lse = launch.run(on_device, problem)
+    out, lse = launch.PreparedLaunch.of(on_device, problem).run(on_device)
     out = out.cpu() if tensors.out is None else tensors.out.copy_(out.cpu())
     return out, None if lse is None else lse.cpu()
