@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from flash_attn_cute.emulator import options
+from flash_attn_cute.emulator import options, report_text
 from flash_attn_cute.emulator.session import Session, emulate
 
 
@@ -18,7 +18,11 @@ def main(arguments: list[str] | None = None) -> None:
         description="Run a Python program that uses CuTe DSL with its kernels emulated on the CPU.",
     )
     options.add_arguments(parser, prefix="--", required=True)
-    parser.add_argument("--report", metavar="FILE", help="write every launch's counters to FILE, as JSON")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="write what every launch cost to FILE: tables if it ends in .txt or is - (standard output), else JSON",
+    )
     parser.add_argument("script", metavar="SCRIPT", help="the program")
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     given = parser.parse_args(arguments)
@@ -27,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
             _run(given.script, given.args)
         finally:
             if given.report:
-                _write_report(Path(given.report), session)
+                _write_report(given.report, session)
 
 
 def _run(script: str, args: list[str]) -> None:
@@ -37,9 +41,16 @@ def _run(script: str, args: list[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
-def _write_report(path: Path, session: Session) -> None:
-    content = {"arch": session.arch, "launches": [launch.as_dict() for launch in session.launches]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _write_report(target: str, session: Session) -> None:
+    if target == "-" or target.endswith(".txt"):
+        content = "\n\n".join(map(report_text.render, session.launches))
+    else:
+        launches = [launch.as_dict() for launch in session.launches]
+        content = json.dumps({"arch": session.arch, "launches": launches}, indent=1)
+    if target == "-":
+        print(content)
+    else:
+        Path(target).write_text(content + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .costs import CLASSES
 from .ptx import Address, Entry, Instruction, Module, Pair, Scope, Variable, Vector, parse_immediate
 
 INSTRUCTION = np.dtype(
@@ -34,7 +35,6 @@ INSTRUCTION = np.dtype(
 CONSTANT = np.dtype([("slot", np.int32), ("wide", np.int32), ("value", np.uint64)])
 SPECIAL_SLOT = np.dtype([("slot", np.int32), ("wide", np.int32), ("special", np.int32), ("value", np.uint32)])
 
-CLASSES = ("tensor", "special", "fma", "integer", "memory", "control")
 CORE = Path(__file__).parent / "core"
 SHARED_FIRST = 1024  # as in machine.h
 ADDRESS_WIDE = 0x80000000  # `sub` flag of the core: the address operand is a 64-bit register
@@ -79,6 +79,9 @@ class Program:
     globals: dict[str, tuple[Variable, list[int]]]
     parameter_bytes: int
     unknown: list[str]
+    source: list[
+        tuple[int, Instruction]
+    ]  # what was written, each with its row of `code`: the last where it has several
     directives: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -372,6 +375,7 @@ class Assembler:
             globals=self.globals,
             parameter_bytes=self.parameter_bytes,
             unknown=self.unknown,
+            source=self._source(),
             directives=self.entry.directives,
         )
 
@@ -394,6 +398,14 @@ class Assembler:
         # Running off the end is a return.
         self.current = Instruction(0, ("ret",), (), None, False, Scope(None, 0))
         _find(("ret",))(self, self.current)
+
+    def _source(self) -> list[tuple[int, Instruction]]:
+        found = []
+        for body in (self.entry, *(self.module.functions[name] for name in self.called)):
+            rows = self.first_row[body.name]
+            ends = zip(body.instructions, rows[:-1], rows[1:], strict=True)
+            found += [(end - 1, instruction) for instruction, first, end in ends if end > first]
+        return found
 
     def _target(self, body: str, scope: Scope, label: str) -> int:
         index = scope.find_label(label)

@@ -13,10 +13,12 @@ import numpy as np
 
 from . import build
 from .assembler import CORE, INSTRUCTION, Program, assemble
+from .costs import CLASSES, cost, rates
+from .counts import Counts
 from .errors import FAULTS
 from .launch import SCHEDULES, Allocation, EngineOptions, LaunchRecord
 from .ptx import parse
-from .report import INSTRUCTION_CLASSES, LaunchReport, mma_rate
+from .report import SHARED_ACCESSES, LaunchReport, SharedTraffic, warps_label
 
 MAX_WARPS = 32
 # Bits of Machine.checks, in order. "default" and "all" stand for all of them.
@@ -48,21 +50,18 @@ class _Allocation(ctypes.Structure):
 class _Totals(ctypes.Structure):
     """As Totals in core/machine.h."""
 
-    _fields_ = [("instructions", ctypes.c_int64 * len(INSTRUCTION_CLASSES) * MAX_WARPS)] + [
-        (name, ctypes.c_int64)
-        for name in (
-            "mma_flops",
-            "mma_cycles_x16",
-            "tma_load_bytes",
-            "tma_store_bytes",
-            "global_load_bytes",
-            "global_store_bytes",
-            "shared_accesses",
-            "bank_conflicts",
-            "ctas",
-            "slices",
-            "deferred_operations",
-        )
+    _fields_ = [
+        ("mma_flops", ctypes.c_int64),
+        ("mma_cycles_x16", ctypes.c_int64),
+        ("tma_load_bytes", ctypes.c_int64),
+        ("tma_store_bytes", ctypes.c_int64),
+        ("tma_reduce_bytes", ctypes.c_int64),
+        ("global_load_bytes", ctypes.c_int64),
+        ("global_store_bytes", ctypes.c_int64),
+        ("shared", ctypes.c_int64 * 3 * len(SHARED_ACCESSES)),
+        ("ctas", ctypes.c_int64),
+        ("slices", ctypes.c_int64),
+        ("deferred_operations", ctypes.c_int64),
     ]
 
 
@@ -159,7 +158,7 @@ class Engine:
                     f"{record.entry}: grid {record.grid} is no multiple of cluster {record.cluster} in axis {axis}"
                 )
         if int(np.prod(record.grid)) == 0:
-            return self._report(record, _Totals(), 0.0)
+            return _report(record, Counts.of(program, *_counters(record, program)), _Totals(), 0.0)
         if int(np.prod(record.block)) > 32 * MAX_WARPS:
             raise ValueError(f"{record.entry}: block {record.block} has more than {32 * MAX_WARPS} threads")
         params = _aligned(max(len(record.params), 1))
@@ -201,6 +200,7 @@ class Engine:
             check_bits(self.options.checks),
         )
         totals, line = _Totals(), ctypes.c_int32()
+        executed, skipped = _counters(record, program)
         message = ctypes.create_string_buffer(16384)
         started = time.perf_counter()
         kind = library.engine_launch(
@@ -211,6 +211,8 @@ class Engine:
             numbers,
             ctypes.c_uint64(self.options.seed),
             ctypes.byref(totals),
+            ctypes.c_void_p(executed.ctypes.data),
+            ctypes.c_void_p(skipped.ctypes.data),
             message,
             ctypes.c_int64(len(message)),
             ctypes.byref(line),
@@ -219,28 +221,42 @@ class Engine:
         if kind:
             where = f"kernel {record.entry}" + (f", PTX line {line.value}" if line.value else "")
             raise FAULTS[kind](f"{where}: {message.value.decode(errors='replace')}", record.entry, line.value)
-        return self._report(record, totals, elapsed)
+        return _report(record, Counts.of(program, executed, skipped), totals, elapsed)
 
-    @staticmethod
-    def _report(record: LaunchRecord, totals: _Totals, elapsed: float) -> LaunchReport:
-        warps = -(-int(np.prod(record.block)) // 32)
-        counts = [dict(zip(INSTRUCTION_CLASSES, totals.instructions[index], strict=True)) for index in range(warps)]
-        return LaunchReport(
-            kernel=record.entry,
-            arch=record.arch,
-            grid=record.grid,
-            block=record.block,
-            cluster=record.cluster,
-            instructions=counts,
-            mma_multiply_adds=totals.mma_flops,
-            mma_cycles=totals.mma_cycles_x16 / 16 * BASE_RATE / mma_rate(record.arch),
-            tma_load_bytes=totals.tma_load_bytes,
-            tma_store_bytes=totals.tma_store_bytes,
-            global_load_bytes=totals.global_load_bytes,
-            global_store_bytes=totals.global_store_bytes,
-            shared_accesses=totals.shared_accesses,
-            bank_conflicts=totals.bank_conflicts,
-            ctas=totals.ctas,
-            deferred_operations=totals.deferred_operations,
-            seconds=elapsed,
-        )
+
+def _counters(record: LaunchRecord, program: Program) -> np.ndarray:
+    """(2, warps of a CTA, rows of the program): how often each was executed, and skipped."""
+    warps = -(-int(np.prod(record.block)) // 32)
+    return np.zeros((2, warps, len(program.code)), np.int64)
+
+
+def _report(record: LaunchRecord, counts: Counts, totals: _Totals, elapsed: float) -> LaunchReport:
+    executions = counts.executed.sum(axis=0).tolist()
+    costs = [cost(instruction.opcode) for _, instruction in counts.program.source]
+    exponentials = sum(n * c.exponential for n, c in zip(executions, costs, strict=True))
+    return LaunchReport(
+        kernel=record.entry,
+        arch=record.arch,
+        grid=record.grid,
+        block=record.block,
+        cluster=record.cluster,
+        ctas=totals.ctas,
+        instructions=[dict(zip(CLASSES, warp, strict=True)) for warp in counts.by_class().tolist()],
+        skipped=counts.skipped.sum(axis=1).tolist(),
+        retried=counts.retried.sum(axis=1).tolist(),
+        names=counts.by_name(),
+        roles={warps_label(warps): list(warps) for warps in counts.alike()},
+        special_operations=exponentials + sum(n * c.special for n, c in zip(executions, costs, strict=True)),
+        exponentials=exponentials,
+        fma_operations=sum(n * c.fma for n, c in zip(executions, costs, strict=True)),
+        mma_multiply_adds=totals.mma_flops,
+        mma_cycles=totals.mma_cycles_x16 / 16 * BASE_RATE / rates(record.arch).multiply_adds,
+        tma_load_bytes=totals.tma_load_bytes,
+        tma_store_bytes=totals.tma_store_bytes,
+        tma_reduce_bytes=totals.tma_reduce_bytes,
+        global_load_bytes=totals.global_load_bytes,
+        global_store_bytes=totals.global_store_bytes,
+        shared={kind: SharedTraffic(*totals.shared[k]) for k, kind in enumerate(SHARED_ACCESSES)},
+        deferred_operations=totals.deferred_operations,
+        seconds=elapsed,
+    )

@@ -97,16 +97,16 @@ def cluster_barrier(a: Assembler, i: Instruction) -> None:
 
 @lowers("cp.async.commit_group", "cp.async.bulk.commit_group", "wgmma.commit_group")
 def commit(a: Assembler, i: Instruction) -> None:
-    a.emit("async_commit", sub=_group_kind(i), cls="control")
+    a.emit("async_commit", sub=_group_kind(i))
 
 
 @lowers("cp.async.wait_group", "cp.async.wait_all", "cp.async.bulk.wait_group", "wgmma.wait_group")
 def wait(a: Assembler, i: Instruction) -> None:
     kind = _group_kind(i)
     if "wait_all" in i.opcode:
-        a.emit("async_commit", sub=kind, cls="control")
+        a.emit("async_commit", sub=kind)
     count = parse_immediate(i.operands[0]) if i.operands else 0
-    a.emit("async_wait", sub=kind, imm=count, cls="control")
+    a.emit("async_wait", sub=kind, imm=count)
 
 
 def _group_kind(i: Instruction) -> int:

@@ -53,6 +53,7 @@ def load(a: Assembler, i: Instruction) -> None:
     slots = [-1 if x == "_" else a.reg(x, width) for x in items]
     slot, offset, flag = address_slots(a, source)
     sub = log2 | count << 4 | (letters == "s") << 8 | space << 9 | (width == 2) << 12 | (kind == "b16") << 13 | flag
+    sub |= any(part.split("::")[0] in ("param", "const") for part in i.opcode) << 15
     a.emit("ld", [slot], sub=sub, imm=offset, pool=slots)
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,17 @@ DEFAULT_CHECKS = frozenset({"default"})
 
 
 class Session:
-    """One stretch of emulation under one set of options. `launches` holds a LaunchReport for each launch so far."""
+    """One stretch of emulation under one set of options. `launches` holds a LaunchReport for each launch so far.
+
+    A program may name the warps of its kernels for the reports: `session.roles["part of the kernel's name"] =
+    {"load": [0], "softmax": range(4, 12)}`. Without that, warps that do the same work are found, and called by number.
+    """
 
     def __init__(self, gpu: devices.Device, options: EngineOptions):
         self.device = gpu
         self.options = options
         self.launches: list[Any] = []
+        self.roles: dict[str, Mapping[str, Iterable[int]]] = {}
         self._engine: Any = None
 
     @property
@@ -44,7 +49,11 @@ class Session:
             from flash_attn_cute.emulator.engine import Engine
 
             self._engine = Engine(self.options)
-        self.launches.append(self._engine.run(record))
+        report = self._engine.run(record)
+        for part, names in self.roles.items():
+            if part in record.entry:
+                report.name_roles(names)
+        self.launches.append(report)
 
 
 class _Process:

@@ -79,6 +79,10 @@ void op_atom(Warp *w, const Instr *in, uint32_t mask)
             where = global_span(w, in, address, size, 1);
         else
             where = generic_span(w, in, i, address, size, 1);
+        if (space != SPACE_SHARED && address < SHARED_WINDOW) {
+            w->machine->totals.global_load_bytes += results[0] >= 0 ? size : 0;
+            w->machine->totals.global_store_bytes += size;
+        }
         for (uint32_t k = 0; k < count; k++, where += bytes) {
             uint64_t old = 0, value = bytes == 8 ? lanes64(w, values[k])[i] : lanes32(w, values[k])[i];
             uint64_t other = what == ATOM_CAS ? (bytes == 8 ? R64(3)[i] : R32(3)[i]) : 0;

@@ -20,11 +20,11 @@ static void run_copy(Machine *m, AsyncOp *op)
 void op_cp_async(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t size = in->sub & 255;
-    w->machine->totals.global_load_bytes += (int64_t)size * __builtin_popcount(mask);
     FOR_LANES(uint64_t to = (in->sub & ADDRESS_WIDE ? R64(0)[i] : R32(0)[i]) + (uint64_t)in->imm;
               uint64_t from = R64(1)[i] + (uint64_t)(int64_t)in->target;
               uint32_t read = in->r[2] >= 0 ? R32(2)[i] : size;
               if (in->r[3] >= 0 && R32(3)[i]) read = 0;
+              w->machine->totals.global_load_bytes += read;
               if (read > size) fault(w, in, FAULT_OUT_OF_BOUNDS, "cp.async reads %u bytes of %u", read, size);
               if ((to | (read ? from : 0)) & (size - 1))
                   fault(w, in, FAULT_MISALIGNED, "cp.async of %u bytes from 0x%llx to 0x%llx", size, (unsigned long long)from,

@@ -8,7 +8,7 @@
  * shared bytes, resident CTAs, architecture, schedule, checks */
 int engine_launch(const Instr *code, const int32_t *pool, const Constant *constants, const SpecialSlot *specials,
                   const char *const *names, const Allocation *allocations, const uint32_t geometry[9], const int64_t numbers[12],
-                  uint64_t seed, Totals *totals, char *message, int64_t message_size, int32_t *line)
+                  uint64_t seed, Totals *totals, int64_t *executed, int64_t *skipped, char *message, int64_t message_size, int32_t *line)
 {
     Machine *m = calloc(1, sizeof *m);
     m->program = (Program){.code = code, .length = (int32_t)numbers[0], .pool = pool, .constants = constants,
@@ -26,6 +26,8 @@ int engine_launch(const Instr *code, const int32_t *pool, const Constant *consta
     m->schedule = (Schedule)numbers[10];
     m->checks = (uint32_t)numbers[11];
     m->random = seed + 1;
+    m->executed = executed;
+    m->skipped = skipped;
     int64_t size = (int64_t)m->cluster_shape[0] * m->cluster_shape[1] * m->cluster_shape[2];
     m->cluster_count = (int64_t)m->grid[0] * m->grid[1] * m->grid[2] / size;
     int64_t resident = (m->sms + size - 1) / size;

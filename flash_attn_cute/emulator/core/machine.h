@@ -34,7 +34,7 @@
 typedef struct Instr {
     uint16_t op;     /* index into opcodes.def */
     uint8_t guarded; /* 0: always, 1: where the guard holds, 2: where it does not */
-    uint8_t cls;     /* InstrClass, for the report */
+    uint8_t cls;     /* what the report counts it as; the core does not look */
     int32_t guard;   /* slot of the guard */
     int32_t r[8];    /* operand slots; -1 where absent */
     int32_t pool;    /* first entry of longer operand lists in Program.pool */
@@ -43,8 +43,6 @@ typedef struct Instr {
     int32_t target;  /* branch target */
     int64_t imm;     /* immediate: address offset, barrier count, ... */
 } Instr;
-
-typedef enum { CLASS_TENSOR, CLASS_SPECIAL, CLASS_FMA, CLASS_INTEGER, CLASS_MEMORY, CLASS_CONTROL, CLASS_COUNT } InstrClass;
 
 typedef struct { int32_t slot, wide; uint64_t value; } Constant; /* wide: 0 32-bit, 1 64-bit */
 
@@ -118,7 +116,7 @@ typedef struct Warp {
     int32_t last_wait_line;  /* of the last failed wait, for dumps */
     uint32_t last_wait_address, last_wait_phase;
     int32_t commits[ASYNC_KINDS][LANES]; /* groups committed so far, by kind and thread */
-    int64_t counts[CLASS_COUNT];
+    int64_t *executed, *skipped; /* of Machine, the rows of this warp's index */
 } Warp;
 
 typedef struct {
@@ -140,7 +138,6 @@ typedef struct Cta {
     Warp *warps;
     int32_t warp_count, live_warps;
     NamedBarrier barriers[NAMED_BARRIERS];
-    int64_t bank_conflicts;
 } Cta;
 
 typedef struct Cluster {
@@ -165,14 +162,17 @@ typedef enum {
 typedef enum { SCHEDULE_IN_ORDER, SCHEDULE_RANDOM, SCHEDULE_DELAYED } Schedule;
 enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16 };
 
+/* Accesses to shared memory by warps: instructions, wavefronts that they took, and how many of those to conflicts of banks. */
+typedef enum { SHARED_LOAD, SHARED_STORE, SHARED_LDMATRIX, SHARED_STMATRIX, SHARED_ACCESSES } SharedAccess;
+typedef struct { int64_t accesses, wavefronts, conflicts; } SharedTotals;
+
 /* The launch's totals, copied out for the report (ctypes mirror: engine.py). */
 typedef struct {
-    int64_t instructions[MAX_WARPS][CLASS_COUNT];
     int64_t mma_flops;      /* multiply-adds issued to the tensor cores */
     int64_t mma_cycles_x16; /* their cost in sixteenths of a clock of one SM */
-    int64_t tma_load_bytes, tma_store_bytes;
-    int64_t global_load_bytes, global_store_bytes;
-    int64_t shared_accesses, bank_conflicts;
+    int64_t tma_load_bytes, tma_store_bytes, tma_reduce_bytes; /* of boxes, also what lies outside the tensor */
+    int64_t global_load_bytes, global_store_bytes;             /* by anybody; of TMA what lies inside */
+    SharedTotals shared[SHARED_ACCESSES];
     int64_t ctas, slices, deferred_operations;
 } Totals;
 
@@ -195,6 +195,8 @@ typedef struct Machine {
     struct AsyncOp *pending, **pending_tail;
     int64_t pending_count;
     Totals totals;
+    /* [warp's index in its CTA][instruction], over all CTAs: how often it ran, and how often its guard held in no lane. */
+    int64_t *executed, *skipped;
     jmp_buf escape;
     FaultKind fault;
     int32_t fault_line;
@@ -252,10 +254,14 @@ uint8_t *generic_span(Warp *w, const Instr *in, int lane, uint64_t address, uint
 void shared_mark(Cta *cta, uint32_t offset, uint32_t size);
 void shared_check_written(Machine *m, int32_t line, Cta *cta, uint32_t offset, uint32_t size, const char *who);
 
+/* banks.c */
+void count_wavefronts(Machine *m, SharedAccess access, const uint32_t *addresses, uint32_t mask, uint32_t size);
+
 /* warp.c */
 int warp_pick(Warp *w);
 int warp_run(Warp *w, int budget);
 int require_lanes(Warp *w, uint32_t needed);
+void warp_retry(Warp *w);
 void warp_block(Warp *w, WaitKind kind, uint32_t value, uint32_t phase);
 void warp_save(Warp *w);
 

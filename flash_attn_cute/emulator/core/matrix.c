@@ -7,17 +7,32 @@
 #define ADDRESS_WIDE 0x80000000u
 enum { TRANSPOSED = 16, BYTES = 32 };
 
+static uint32_t row_address(Warp *w, const Instr *in, int lane)
+{
+    return (uint32_t)((in->sub & ADDRESS_WIDE ? R64(0)[lane] : R32(0)[lane]) + (uint64_t)in->imm);
+}
+
+/* The first `rows` lanes give the addresses of 16 bytes each. */
+static void count_rows(Warp *w, const Instr *in, int rows, int loading)
+{
+    uint32_t addresses[LANES];
+    for (int lane = 0; lane < rows; lane++)
+        addresses[lane] = row_address(w, in, lane);
+    count_wavefronts(w->machine, loading ? SHARED_LDMATRIX : SHARED_STMATRIX, addresses, FULL_MASK >> (LANES - rows), 16);
+}
+
 /* r[0]: address; pool: registers. sub: tiles | transposed << 4. Lane 8 i + j gives the address of row j of tile i. */
 static void move_tiles(Warp *w, const Instr *in, int loading)
 {
     if (!require_lanes(w, FULL_MASK))
         return;
     int tiles = (int)in->sub & 15, transposed = (in->sub & TRANSPOSED) != 0;
+    count_rows(w, in, 8 * tiles, loading);
     for (int tile = 0; tile < tiles; tile++) {
         uint32_t *registers = lanes32(w, POOL(tile));
         for (int row = 0; row < 8; row++) {
             int from = tile * 8 + row;
-            uint32_t address = (uint32_t)((in->sub & ADDRESS_WIDE ? R64(0)[from] : R32(0)[from]) + (uint64_t)in->imm);
+            uint32_t address = row_address(w, in, from);
             if (address & 15)
                 fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
             uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);
@@ -45,10 +60,11 @@ static void move_byte_tiles(Warp *w, const Instr *in, int loading)
     if (!require_lanes(w, FULL_MASK))
         return;
     int tiles = (int)in->sub & 15, registers = loading ? 2 : 1, rows = 8 * registers;
+    count_rows(w, in, rows * tiles, loading);
     for (int tile = 0; tile < tiles; tile++)
         for (int row = 0; row < rows; row++) {
             int from = tile * rows + row;
-            uint32_t address = (uint32_t)((in->sub & ADDRESS_WIDE ? R64(0)[from] : R32(0)[from]) + (uint64_t)in->imm);
+            uint32_t address = row_address(w, in, from);
             if (address & 15)
                 fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
             uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);

@@ -125,11 +125,13 @@ uint8_t *generic_span(Warp *w, const Instr *in, int lane, uint64_t address, uint
     return global_span(w, in, address, size, write);
 }
 
-/* sub of ld and st: log2 of the element's bytes | count << 4 | signed << 8 | space << 9 | 64-bit registers << 12 */
+/* sub of ld and st: log2 of the element's bytes | count << 4 | signed << 8 | space << 9 | 64-bit registers << 12 | parameter or
+ * constant memory << 15 */
 enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_LOCAL };
 #define SUB_BYTES (1u << (in->sub & 15))
 #define SUB_COUNT ((in->sub >> 4) & 15)
 #define SUB_SPACE ((in->sub >> 9) & 7)
+#define SUB_CONSTANT (1u << 15)
 
 static inline uint64_t address_at(Warp *w, const Instr *in, int lane)
 {
@@ -151,47 +153,32 @@ static inline uint8_t *locate(Warp *w, const Instr *in, int lane, uint32_t size,
     }
 }
 
-/* Conflicts of one access: how many extra passes the 32 banks of 4 bytes need. Wide accesses go in halves or quarters. */
-static void count_banks(Warp *w, const Instr *in, uint32_t mask, uint32_t size)
+/* What the report says of a load or store: bytes of global memory, wavefronts of shared memory. */
+static void count_access(Warp *w, const Instr *in, uint32_t mask, uint32_t size, int write)
 {
     Totals *t = &w->machine->totals;
-    int lanes_a_pass = size >= 16 ? 8 : size == 8 ? 16 : 32;
-    int words = size >= 4 ? (int)size / 4 : 1;
-    for (int first = 0; first < LANES; first += lanes_a_pass) {
-        uint32_t seen[32][8];
-        uint8_t count[32] = {0};
-        int most = 0;
-        for (int i = first; i < first + lanes_a_pass; i++) {
-            if (!(mask >> i & 1))
-                continue;
-            uint32_t word = (uint32_t)address_at(w, in, i) >> 2;
-            for (int k = 0; k < words; k++, word++) {
-                uint32_t bank = word & 31;
-                int known = 0;
-                for (int j = 0; j < count[bank] && j < 8; j++)
-                    known |= seen[bank][j] == word;
-                if (known)
-                    continue;
-                if (count[bank] < 8)
-                    seen[bank][count[bank]] = word;
-                count[bank]++;
-                most = count[bank] > most ? count[bank] : most;
-            }
-        }
-        if (most > 1)
-            t->bank_conflicts += most - 1;
+    uint32_t shared = 0, global = 0, addresses[LANES];
+    if (in->sub & SUB_CONSTANT || SUB_SPACE == SPACE_LOCAL)
+        return;
+    for (uint32_t left = mask; left; left &= left - 1) {
+        int i = __builtin_ctz(left);
+        uint64_t address = address_at(w, in, i), window = SUB_SPACE == SPACE_GENERIC ? address >> 60 << 60 : 0;
+        addresses[i] = (uint32_t)address;
+        if (SUB_SPACE == SPACE_SHARED || window == SHARED_WINDOW)
+            shared |= 1u << i;
+        else if (window != LOCAL_WINDOW)
+            global |= 1u << i;
     }
-    t->shared_accesses++;
+    if (shared)
+        count_wavefronts(w->machine, write ? SHARED_STORE : SHARED_LOAD, addresses, shared, size);
+    *(write ? &t->global_store_bytes : &t->global_load_bytes) += (int64_t)size * __builtin_popcount(global);
 }
 
 void op_ld(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t bytes = SUB_BYTES, count = SUB_COUNT, size = bytes * count, wide = in->sub >> 12 & 1;
     const int32_t *to = w->machine->program.pool + in->pool;
-    if (SUB_SPACE == SPACE_SHARED)
-        count_banks(w, in, mask, size);
-    else if (SUB_SPACE == SPACE_GLOBAL)
-        w->machine->totals.global_load_bytes += (int64_t)size * __builtin_popcount(mask);
+    count_access(w, in, mask, size, 0);
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         const uint8_t *from = locate(w, in, i, size, 0);
@@ -229,10 +216,7 @@ void op_st(Warp *w, const Instr *in, uint32_t mask)
     uint32_t bytes = SUB_BYTES, count = SUB_COUNT, size = bytes * count;
     const int32_t *from = w->machine->program.pool + in->pool;
     w->machine->progress++;
-    if (SUB_SPACE == SPACE_SHARED)
-        count_banks(w, in, mask, size);
-    else if (SUB_SPACE == SPACE_GLOBAL)
-        w->machine->totals.global_store_bytes += (int64_t)size * __builtin_popcount(mask);
+    count_access(w, in, mask, size, 1);
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         uint8_t *to = locate(w, in, i, size, 1);

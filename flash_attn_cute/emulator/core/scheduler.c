@@ -81,6 +81,8 @@ static void start_warp(Warp *w, Cta *cta, int index, int threads)
     w->cta = cta;
     w->machine = m;
     w->index = index;
+    w->executed = m->executed + (size_t)index * (size_t)m->program.length;
+    w->skipped = m->skipped + (size_t)index * (size_t)m->program.length;
     w->cluster_arrived = -1;
     w->live = threads >= LANES ? FULL_MASK : (1u << threads) - 1;
     w->fragment_count = 1;
@@ -166,10 +168,6 @@ static void finish_cluster(Machine *m, Cluster *cluster)
     if (m->checks & CHECK_LEAKS)
         check_leaks(cluster);
     async_drain(m, cluster);
-    for (int rank = 0; rank < cluster->size; rank++)
-        for (int index = 0; index < cluster->ctas[rank].warp_count; index++)
-            for (int k = 0; k < CLASS_COUNT; k++)
-                m->totals.instructions[index][k] += cluster->ctas[rank].warps[index].counts[k];
     launch_next(m, cluster->slot);
 }
 

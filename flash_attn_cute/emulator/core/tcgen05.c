@@ -62,7 +62,7 @@ void op_tcgen05_alloc(Warp *w, const Instr *in, uint32_t mask)
         w->machine->progress++;
         return;
     }
-    w->next = w->pc;
+    warp_retry(w);
     w->event = EVENT_YIELD;
 }
 

@@ -54,6 +54,7 @@ static uint8_t *global_or_fault(Machine *m, AsyncOp *op, uint64_t address, uint6
     if (!where)
         machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "bulk %s of %llu bytes at global address 0x%llx, %s",
                       write ? "write" : "read", (unsigned long long)size, (unsigned long long)address, why);
+    *(write ? &m->totals.global_store_bytes : &m->totals.global_load_bytes) += (int64_t)size;
     return where;
 }
 
@@ -187,7 +188,7 @@ static void run_tensor(Machine *m, AsyncOp *op)
         machine_fault(m, FAULT_UNSUPPORTED, op->in->line, "a store through a tensor map of type %d, which spreads its numbers", t.type);
     if (what != TMA_LOAD) {
         copy_box(m, op, &t, &op->cluster->ctas[shared >> 24], offset, coordinates, what);
-        m->totals.tma_store_bytes += bytes;
+        *(what == TMA_STORE ? &m->totals.tma_store_bytes : &m->totals.tma_reduce_bytes) += bytes;
         return;
     }
     if (!op->args[2]) {
@@ -196,12 +197,16 @@ static void run_tensor(Machine *m, AsyncOp *op)
             complete_on(m, op, shared >> 24, barrier, 1, (int32_t)bytes);
         else
             complete_on(m, op, barrier >> 24, barrier, 0, (int32_t)bytes);
-    } else
+    } else {
+        int64_t before = m->totals.global_load_bytes, once = 0; /* a multicast reads global memory once */
         for (uint32_t rank = 0; rank < (uint32_t)op->cluster->size; rank++)
             if (op->args[2] >> rank & 1) {
                 copy_box(m, op, &t, &op->cluster->ctas[rank], offset, coordinates, what);
                 complete_on(m, op, rank, barrier, pair, (int32_t)bytes);
+                once = once ? once : m->totals.global_load_bytes - before;
             }
+        m->totals.global_load_bytes = before + once;
+    }
     m->totals.tma_load_bytes += bytes;
 }
 
@@ -258,7 +263,7 @@ static void run_bulk(Machine *m, AsyncOp *op)
             reduce_bytes(to, cta->shared + offset, size, 1 << (op->in->sub >> 12 & 3), (int)(op->in->sub >> 16 & 15), op->in->sub >> 8 & 15);
         else
             memcpy(to, cta->shared + offset, size);
-        m->totals.tma_store_bytes += (int64_t)size;
+        *(op->in->sub >> 4 & 1 ? &m->totals.tma_reduce_bytes : &m->totals.tma_store_bytes) += (int64_t)size;
         return;
     }
     const uint8_t *from;

@@ -90,12 +90,19 @@ void warp_block(Warp *w, WaitKind kind, uint32_t value, uint32_t phase)
     w->event = EVENT_SWITCH;
 }
 
+/* The instruction has not run, and will be tried again. */
+void warp_retry(Warp *w)
+{
+    w->next = w->pc;
+    w->executed[w->pc]--;
+}
+
 /* True where the lanes in `needed` that still live are all here; parks the fragment before the instruction otherwise. */
 int require_lanes(Warp *w, uint32_t needed)
 {
     if (((needed & w->live) & ~w->mask) == 0)
         return 1;
-    w->next = w->pc;
+    warp_retry(w);
     warp_block(w, WAIT_CONVERGE, needed, 0);
     return 0;
 }
@@ -117,9 +124,10 @@ int warp_run(Warp *w, int budget)
         }
         w->next = w->pc + 1;
         if (mask) {
-            w->counts[in->cls]++;
+            w->executed[w->pc]++;
             handlers[in->op](w, in, mask);
-        }
+        } else
+            w->skipped[w->pc]++;
         w->pc = w->next;
         if (w->event) {
             Event event = (Event)w->event;
