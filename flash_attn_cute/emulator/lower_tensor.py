@@ -71,6 +71,16 @@ def _tensor_address(a: Assembler, operand: Address) -> tuple[int, int]:
     return slot, offset
 
 
+def _address_sum(a: Assembler, operand: Address) -> int:
+    """The slot of an address with its offset added."""
+    slot, offset = _tensor_address(a, operand)
+    if not offset:
+        return slot
+    total = a.new_slot()
+    a.emit("add_b32", [total, slot, a.constant(offset)])
+    return total
+
+
 @lowers("tcgen05.alloc")
 def tcgen05_alloc(a: Assembler, i: Instruction) -> None:
     where, columns = i.operands
@@ -120,15 +130,23 @@ def tcgen05_commit(a: Assembler, i: Instruction) -> None:
 
 
 KINDS = {"kind::f16": 0, "kind::tf32": 1, "kind::f8f6f4": 2, "kind::i8": 3}
+SCALED_KINDS = {"kind::mxf8f6f4": 4, "kind::mxf4": 5, "kind::mxf4nvf4": 6}
+# Scales of a row that one instruction takes, by what the opcode says; without a word, one for each 32 elements.
+SCALES = {"block16": 4, "scale_vec::4X": 4, "scale_vec::2X": 2, "scale_vec::1X": 1}
 
 
 @lowers("tcgen05.mma")
 def tcgen05_mma(a: Assembler, i: Instruction) -> None:
-    kind = next((KINDS[part] for part in i.opcode if part in KINDS), None)
-    known = {"tcgen05", "mma", "cta_group::1", "cta_group::2", *KINDS}
+    kinds = SCALED_KINDS if "block_scale" in i.opcode else KINDS
+    kind = next((kinds[part] for part in i.opcode if part in kinds), None)
+    known = {"tcgen05", "mma", "cta_group::1", "cta_group::2", "block_scale", "block32", *kinds, *SCALES}
     if kind is None or any(part not in known and "collector" not in part for part in i.opcode):
         raise Unsupported("")
     d, x, y, idesc, *rest = i.operands
+    scales, count = [], 0
+    if kinds is SCALED_KINDS:
+        scales = [_address_sum(a, rest.pop(0)) for _ in range(2)]
+        count = next((SCALES[part] for part in i.opcode if part in SCALES), 1 if kind == 4 else 2)
     held_back = []  # masks of lanes that are not written
     if rest and isinstance(rest[0], Vector):
         held_back = a.vector(rest.pop(0))
@@ -139,8 +157,8 @@ def tcgen05_mma(a: Assembler, i: Instruction) -> None:
     x_slot, x_offset = _tensor_address(a, x) if in_tensor_memory else (a.reg(x, 2), 0)
     sub = kind | in_tensor_memory << 4 | _pair(i) << 5
     slots = [d_slot, x_slot, a.reg(y, 2), a.reg(idesc), a.pred(rest[0])]
-    sub |= len(held_back) << 8
-    a.emit("tcgen05_mma", slots, sub=sub, imm=d_offset, target=x_offset, pool=held_back)
+    sub |= len(held_back) << 8 | count << 16
+    a.emit("tcgen05_mma", slots + scales, sub=sub, imm=d_offset, target=x_offset, pool=held_back)
 
 
 COPIES = {"warpx4": 4, "warpx2::02_13": 2, "warpx2::01_23": 3}

@@ -301,8 +301,11 @@ void async_commit_group(Warp *w, AsyncKind kind, uint32_t lanes);
 /* mma.c */
 void decode_row(float *out, const uint8_t *bytes, int count, int format);
 void matmul_rows(float *d, size_t d_stride, const float *a, size_t a_stride, const float *b, size_t b_stride, int m, int n, int k);
-enum { FORMAT_F16, FORMAT_BF16, FORMAT_TF32, FORMAT_E4M3, FORMAT_E5M2, FORMAT_S8, FORMAT_U8, FORMAT_E2M3, FORMAT_E3M2, FORMAT_E2M1 };
-int format_bytes(int format);
+/* Of the last four, the first is two numbers a byte; of the others sixteen lie at the start of sixteen bytes. */
+enum { FORMAT_F16, FORMAT_BF16, FORMAT_TF32, FORMAT_E4M3, FORMAT_E5M2, FORMAT_S8, FORMAT_U8, FORMAT_E2M3, FORMAT_E3M2, FORMAT_E2M1,
+       FORMAT_E2M1_PACKED, FORMAT_E2M1_SPREAD, FORMAT_E2M3_SPREAD, FORMAT_E3M2_SPREAD };
+int format_bytes(int format);    /* that one number takes, where it takes whole bytes */
+int format_elements(int format); /* numbers in 32 bytes, what a tensor instruction takes of a row */
 
 /* A matrix in shared memory as a tensor instruction describes it. */
 typedef struct {
@@ -315,6 +318,14 @@ uint32_t operand_address(const SharedOperand *o, int mn, int k_byte, int mn_byte
 void decode_operand(Machine *m, int32_t line, Cta *cta, const SharedOperand *o, int first, int count, int k_count, float *out,
                     size_t row_stride, size_t k_stride);
 uint64_t atomic_combine(uint32_t what, uint32_t type, int bytes, uint64_t old, uint64_t value, uint64_t other); /* atomics.c */
+
+/* tcgen05.c: `count` columns of a lane, checked as any read of tensor memory. */
+const uint32_t *tmem_read(Machine *m, int32_t line, Cta *cta, uint32_t lane, uint32_t column, uint32_t count);
+
+/* block_scale.c */
+typedef struct { uint32_t address, first_byte, count, is_exponent; } ScaleVector; /* `count` bytes a row, from a byte of each word on */
+void apply_scales(Machine *m, int32_t line, Cta *cta, const ScaleVector *scales, uint32_t lane, int rows, int k_count, float *out,
+                  size_t row_stride, size_t k_stride);
 
 float float_minmax(float a, float b, uint32_t sub); /* alu_float.c; sub: 4 ftz, 32 NaN, 64 xorsign, 128 maximum, 256 abs */
 

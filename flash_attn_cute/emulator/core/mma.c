@@ -11,6 +11,8 @@ typedef float v8 __attribute__((vector_size(32), aligned(4)));
 
 int format_bytes(int format) { return format <= FORMAT_BF16 ? 2 : format == FORMAT_TF32 ? 4 : 1; }
 
+int format_elements(int format) { return format == FORMAT_E2M1_PACKED ? 64 : 32 / format_bytes(format); }
+
 static float small_table[5][256];
 static int tables_ready;
 
@@ -21,6 +23,24 @@ static void make_tables(void)
         for (int v = 0; v < 256; v++)
             small_table[k][v] = small_to_float(formats[k], (uint8_t)v);
     tables_ready = 1;
+}
+
+static const float *table_of(int format)
+{
+    if (!tables_ready)
+        make_tables();
+    return small_table[format == FORMAT_E4M3 ? 0 : format == FORMAT_E5M2 ? 1 : format - FORMAT_E2M3 + 2];
+}
+
+/* Numbers of `bits` bits, the lowest first; sixteen in each sixteen bytes where they are spread. */
+static void decode_bits(float *out, const uint8_t *bytes, int count, int format, int bits, int spread)
+{
+    const float *table = table_of(format);
+    for (int i = 0; i < count; i++) {
+        int at = spread ? i / 16 * 128 + i % 16 * bits : i * bits;
+        uint32_t pair = bytes[at / 8] | (at % 8 + bits > 8 ? (uint32_t)bytes[at / 8 + 1] << 8 : 0);
+        out[i] = table[pair >> (at % 8) & ((1u << bits) - 1)];
+    }
 }
 
 CLONED void decode_row(float *out, const uint8_t *bytes, int count, int format)
@@ -59,10 +79,12 @@ CLONED void decode_row(float *out, const uint8_t *bytes, int count, int format)
         for (int i = 0; i < count; i++)
             out[i] = bytes[i];
         return;
+    case FORMAT_E2M1_PACKED: decode_bits(out, bytes, count, FORMAT_E2M1, 4, 0); return;
+    case FORMAT_E2M1_SPREAD: decode_bits(out, bytes, count, FORMAT_E2M1, 4, 1); return;
+    case FORMAT_E2M3_SPREAD: decode_bits(out, bytes, count, FORMAT_E2M3, 6, 1); return;
+    case FORMAT_E3M2_SPREAD: decode_bits(out, bytes, count, FORMAT_E3M2, 6, 1); return;
     default: {
-        if (!tables_ready)
-            make_tables();
-        const float *table = small_table[format == FORMAT_E4M3 ? 0 : format == FORMAT_E5M2 ? 1 : format - FORMAT_E2M3 + 2];
+        const float *table = table_of(format);
         for (int i = 0; i < count; i++)
             out[i] = table[bytes[i]];
     }
@@ -128,13 +150,13 @@ uint32_t operand_address(const SharedOperand *o, int mn, int k_byte, int mn_byte
 CLONED void decode_operand(Machine *m, int32_t line, Cta *cta, const SharedOperand *o, int first, int count, int k_count, float *out,
                     size_t row_stride, size_t k_stride)
 {
-    int bytes = format_bytes(o->format), chunk = 16 / bytes;
-    float part[16];
+    int bytes = format_bytes(o->format), chunk = format_elements(o->format) / 2;
+    float part[32];
     int outer = o->mn_major ? k_count : count, inner = o->mn_major ? count : k_count;
     for (int x = 0; x < outer; x++)
         for (int y = 0; y < inner; y += chunk) {
             uint32_t address = o->mn_major ? operand_address(o, 0, 0, (first + y) * bytes, x)
-                                           : operand_address(o, first + x, y * bytes, 0, 0);
+                                           : operand_address(o, first + x, y / chunk * 16, 0, 0);
             if (address < SHARED_FIRST || address + 16 > cta->shared_bytes)
                 machine_fault(m, FAULT_OUT_OF_BOUNDS, line, "a matrix operand at shared address 0x%x, outside the CTA's memory", address);
             uint64_t written[2];

@@ -8,7 +8,7 @@
 
 #define ADDRESS_WIDE 0x80000000u
 #define MAX_N 256
-#define MAX_K 32
+#define MAX_K 64
 
 static uint32_t *cell(Cta *cta, uint32_t lane, uint32_t column) { return cta->tmem + (size_t)lane * TMEM_COLUMNS + column; }
 
@@ -32,6 +32,13 @@ static void check_written(Machine *m, int32_t line, const Cta *cta, uint32_t lan
     if (missing)
         machine_fault(m, FAULT_UNINITIALISED, line, "read of tensor memory lane %u column %u of CTA (%u,%u,%u), which nobody wrote", lane,
                       column + (uint32_t)(missing - first), cta->id[0], cta->id[1], cta->id[2]);
+}
+
+const uint32_t *tmem_read(Machine *m, int32_t line, Cta *cta, uint32_t lane, uint32_t column, uint32_t count)
+{
+    check_columns(m, line, cta, column, count);
+    check_written(m, line, cta, lane, column, count);
+    return cell(cta, lane, column);
 }
 
 static void mark_written(Cta *cta, uint32_t lane, uint32_t column, uint32_t count)
@@ -192,7 +199,7 @@ static void rows_from_tmem(Machine *m, int32_t line, Cta *cta, uint32_t address,
     check_columns(m, line, cta, column, 8);
     for (int row = 0; row < rows; row++) {
         check_written(m, line, cta, lane + (uint32_t)row, column, 8);
-        decode_row(out + row * MAX_K, (const uint8_t *)cell(cta, lane + (uint32_t)row, column), 32 / format_bytes(format), format);
+        decode_row(out + row * MAX_K, (const uint8_t *)cell(cta, lane + (uint32_t)row, column), format_elements(format), format);
     }
 }
 
@@ -233,29 +240,52 @@ static void accumulate(Machine *m, int32_t line, Cta *cta, uint32_t lane, uint32
         }
 }
 
+static float b_scaled[MAX_K * MAX_N];
+
+/* b with the scales that a CTA holds of it. Folded, the lanes from 64 on multiply the second half of its columns, with their own. */
+static void scaled_b(Machine *m, int32_t line, Cta *cta, const ScaleVector *scales, int n, int k, int folded)
+{
+    memcpy(b_scaled, b_rows, sizeof(float) * MAX_N * (size_t)k);
+    for (int part = 0; part < (folded ? 2 : 1); part++)
+        apply_scales(m, line, cta, scales, 64 * (uint32_t)part, folded ? n / 2 : n, k, b_scaled + part * n / 2, 1, MAX_N);
+}
+
+enum { KIND_F16, KIND_TF32, KIND_F8F6F4, KIND_I8, KIND_MXF8F6F4, KIND_MXF4, KIND_MXF4NVF4, KINDS }; /* as in lower_tensor.py */
+
 static int operand_format(Machine *m, int32_t line, uint32_t kind, uint32_t code)
 {
-    static const int16_t formats[4][8] = {{FORMAT_F16, FORMAT_BF16, -1, -1, -1, -1, -1, -1},
-                                          {-1, -1, FORMAT_TF32, -1, -1, -1, -1, -1},
-                                          {FORMAT_E4M3, FORMAT_E5M2, -1, -1, -1, -1, -1, -1},
-                                          {FORMAT_U8, FORMAT_S8, -1, -1, -1, -1, -1, -1}};
-    int format = formats[kind & 3][code];
+#define SMALL {FORMAT_E4M3, FORMAT_E5M2, -1, FORMAT_E2M3_SPREAD, FORMAT_E3M2_SPREAD, FORMAT_E2M1_SPREAD, -1, -1}
+#define FOUR_BITS {-1, FORMAT_E2M1_PACKED, -1, -1, -1, FORMAT_E2M1_PACKED, -1, -1} /* 5: its number in the other kinds, also seen */
+    static const int16_t formats[KINDS][8] = {[KIND_F16] = {FORMAT_F16, FORMAT_BF16, -1, -1, -1, -1, -1, -1},
+                                              [KIND_TF32] = {-1, -1, FORMAT_TF32, -1, -1, -1, -1, -1},
+                                              [KIND_F8F6F4] = SMALL,
+                                              [KIND_I8] = {FORMAT_U8, FORMAT_S8, -1, -1, -1, -1, -1, -1},
+                                              [KIND_MXF8F6F4] = SMALL,
+                                              [KIND_MXF4] = FOUR_BITS,
+                                              [KIND_MXF4NVF4] = FOUR_BITS};
+    int format = formats[kind][code];
     if (format < 0)
         machine_fault(m, FAULT_UNSUPPORTED, line, "operand format %u of this kind of tcgen05.mma", code);
     return format;
 }
 
-/* args: d, a (descriptor or address), b, instruction descriptor, keep d. sub: kind | a in tensor memory << 4 | pair << 5 */
+/* args: d, a (descriptor or address), b, instruction descriptor, keep d, scales of a and of b. sub: kind | a in tensor memory << 4 |
+ * pair << 5 | scales of a row << 16, 0 where there are none */
 static void run_mma(Machine *m, AsyncOp *op)
 {
     int32_t line = op->in->line;
     uint32_t idesc = (uint32_t)op->args[3], kind = op->in->sub & 15, d = (uint32_t)op->args[0];
     int pair = op->in->sub >> 5 & 1, from_tmem = op->in->sub >> 4 & 1, keep = op->args[4] != 0;
     int a_format = operand_format(m, line, kind, idesc >> 7 & 7), b_format = operand_format(m, line, kind, idesc >> 10 & 7);
-    int n = (int)(idesc >> 17 & 63) * 8, rows = (int)(idesc >> 24 & 31) * 16, k = 32 / format_bytes(a_format);
-    int type = idesc >> 4 & 3, negative = (idesc >> 13 & 1) ^ (idesc >> 14 & 1);
+    int n = (int)(idesc >> 17 & 63) * 8, rows = (int)(idesc >> 24 & 31) * 16, k = format_elements(a_format);
+    uint32_t scales = op->in->sub >> 16 & 7;
+    int type = scales ? 1 : (int)(idesc >> 4 & 3), negative = (idesc >> 13 & 1) ^ (idesc >> 14 & 1);
     if (n < 8 || n > MAX_N || (rows != 64 && rows != 128 && rows != 256) || (rows == 256 && !pair) || (rows == 64 && pair))
         machine_fault(m, FAULT_UNSUPPORTED, line, "tcgen05.mma of %d x %d", rows, n);
+    if (scales && (idesc >> 31))
+        machine_fault(m, FAULT_UNSUPPORTED, line, "tcgen05.mma with 96 elements along k");
+    ScaleVector a_scales = {(uint32_t)op->args[5], idesc >> 29 & 3, scales, idesc >> 23 & 1};
+    ScaleVector b_scales = {(uint32_t)op->args[6], idesc >> 4 & 3, scales, idesc >> 23 & 1};
     Cluster *cluster = op->cluster;
     Cta *own = op->warp->cta;
     int first = pair ? own->rank & ~1 : own->rank, ctas = pair ? 2 : 1, own_rows = rows / ctas;
@@ -279,18 +309,23 @@ static void run_mma(Machine *m, AsyncOp *op)
         }
         for (int x = 0; negative && x < own_rows * MAX_K; x++)
             a_rows[x] = -a_rows[x];
+        if (scales) {
+            apply_scales(m, line, cta, &a_scales, 0, own_rows, k, a_rows, MAX_K, 1);
+            scaled_b(m, line, cta, &b_scales, n, k, folded);
+        }
+        const float *b = scales ? b_scaled : b_rows;
         if (spread)
             for (int block = 0; block < 4; block++)
-                accumulate(m, line, cta, d_lane + 32 * (uint32_t)block, column, a_rows + block * 16 * MAX_K, 16, b_rows, n, k, keep, type);
+                accumulate(m, line, cta, d_lane + 32 * (uint32_t)block, column, a_rows + block * 16 * MAX_K, 16, b, n, k, keep, type);
         else if (folded)
             for (int part = 0; part < 2; part++)
-                accumulate(m, line, cta, 64 * (uint32_t)part, column, a_rows, 64, b_rows + part * n / 2, n / 2, k, keep, type);
+                accumulate(m, line, cta, 64 * (uint32_t)part, column, a_rows, 64, b + part * n / 2, n / 2, k, keep, type);
         else
-            accumulate(m, line, cta, d_lane, column, a_rows, own_rows, b_rows, n, k, keep, type);
+            accumulate(m, line, cta, d_lane, column, a_rows, own_rows, b, n, k, keep, type);
     }
 }
 
-/* r: d, a, b, idesc, keep. imm, target: offsets of d and of a in tensor memory. */
+/* r: d, a, b, idesc, keep, scales of a, scales of b. imm, target: offsets of d and of a in tensor memory. */
 void op_tcgen05_mma(Warp *w, const Instr *in, uint32_t mask)
 {
     for (uint32_t left = mask; left; left &= left - 1) {
@@ -303,14 +338,17 @@ void op_tcgen05_mma(Warp *w, const Instr *in, uint32_t mask)
         op.args[2] = R64(2)[i];
         op.args[3] = idesc;
         op.args[4] = R32(4)[i] != 0;
+        for (int k = 5; k < 7 && in->r[k] >= 0; k++)
+            op.args[k] = R32(k)[i];
         for (int k = 0; k < (int)(in->sub >> 8 & 15); k++)
             if (lanes32(w, POOL(k))[i])
                 fault(w, in, FAULT_UNSUPPORTED, "tcgen05.mma with lanes that are not written");
         if ((in->sub >> 5 & 1) && w->cta->cluster->size < 2)
             fault(w, in, FAULT_OUT_OF_BOUNDS, "a product of two CTAs in a cluster of one");
-        int n = (int)(idesc >> 17 & 63) * 8, rows = (int)(idesc >> 24 & 31) * 16, bytes = (in->sub & 15) == 0 ? 2 : (in->sub & 15) == 1 ? 4 : 1;
+        static const int elements[KINDS] = {16, 8, 32, 32, 32, 64, 64};
+        int n = (int)(idesc >> 17 & 63) * 8, rows = (int)(idesc >> 24 & 31) * 16;
         Totals *t = &w->machine->totals;
-        t->mma_flops += (int64_t)rows * n * (32 / bytes);
+        t->mma_flops += (int64_t)rows * n * elements[in->sub & 15];
         t->mma_cycles_x16 += 16ll * rows * n * 32 / (2048 * 2) / (in->sub >> 5 & 1 ? 2 : 1);
         async_issue(w->machine, &op);
     }
