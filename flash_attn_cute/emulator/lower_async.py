@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .assembler import Assembler, Unsupported, lowers
 from .lower_memory import OPERATIONS, address_slots
-from .ptx import Instruction, parse_immediate
+from .ptx import Address, Instruction, parse_immediate
 
 # As in machine.h: AsyncKind.
 TMA_STORE, WGMMA, CP = 1, 2, 4
@@ -166,9 +166,7 @@ def tensor_copy(a: Assembler, i: Instruction) -> None:
         if i.opcode[1] == "reduce":
             operation = next(part for part in i.opcode if part in OPERATIONS)
             sub = 2 | OPERATIONS.index(operation) << 8 | flag
-    where, where_offset, wide = a.address(tensor)
-    if where_offset or not wide:
-        raise Unsupported("an offset on a tensor map")
+    where = _generic(a, tensor, False)
     coordinates = [a.reg(x) for x in tensor.coordinates.items]
     slots = [slot, where, mbar, mask]
     a.emit("tma_tensor", slots, sub=sub | rank << 4, imm=offset, target=mbar_offset, pool=coordinates)
@@ -209,32 +207,39 @@ def bulk_copy(a: Assembler, i: Instruction) -> None:
 
 
 FIELDS = ("global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype")
-FIELDS += ("interleave_layout", "swizzle_mode", "fill_mode")
+FIELDS += ("interleave_layout", "swizzle_mode", "swizzle_atomicity", "fill_mode")  # as in core/tensor_map.c
+SHARED = 2  # as in lower_memory.SPACES
+
+
+def _generic(a: Assembler, where: Address, shared: bool) -> int:
+    """The slot of an operand's whole address, as a generic one."""
+    slot, offset, wide = a.address(where)
+    if offset or not wide:
+        full = a.new_slot(2)
+        if not wide:
+            a.emit("cvt_u64_u32", [full, slot])
+            slot = full
+        if offset:
+            a.emit("add_b64", [full, slot, a.constant(offset, 2)])
+            slot = full
+    if shared:
+        generic = a.new_slot(2)
+        a.emit("cvta", [generic, slot], sub=SHARED)
+        slot = generic
+    return slot
 
 
 @lowers("tensormap.replace")
 def tensormap_replace(a: Assembler, i: Instruction) -> None:
     field = FIELDS.index(next(part for part in i.opcode if part in FIELDS))
     where, *rest = i.operands
-    slot, offset, wide = a.address(where)
-    if offset or field in (6, 7, 9):
-        raise Unsupported("")
-    if not wide:  # a shared address: make it generic
-        generic = a.new_slot(2)
-        a.emit("cvt_u64_u32", [generic, slot])
-        slot = generic
-        wide = True
-    if any(part.startswith("shared") for part in i.opcode):
-        generic = a.new_slot(2)
-        a.emit("cvta", [generic, slot], sub=2)
-        slot = generic
+    slot = _generic(a, where, any(part.startswith("shared") for part in i.opcode))
     ordinal = parse_immediate(rest[0]) if len(rest) > 1 else 0
-    a.emit("tensormap_replace", [slot, a.reg(rest[-1], 2 if field in (0, 4) else 1)], sub=field, imm=ordinal)
+    wide = FIELDS[field] in ("global_address", "global_stride")
+    a.emit("tensormap_replace", [slot, a.reg(rest[-1], 1 + wide)], sub=field, imm=ordinal)
 
 
 @lowers("tensormap.cp_fenceproxy")
 def tensormap_copy(a: Assembler, i: Instruction) -> None:
-    to, source = (a.address(x) for x in i.operands[:2])
-    if to[1] or source[1]:
-        raise Unsupported("")
-    a.emit("tensormap_replace", [to[0], source[0], source[0] if source[2] else -1], sub=15)
+    to, source = i.operands[:2]
+    a.emit("tensormap_copy", [_generic(a, to, False), _generic(a, source, True)])

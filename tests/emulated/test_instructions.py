@@ -490,7 +490,7 @@ def test_tensor_copies_of_less_than_a_byte(kind, bits):
     ld.param.b64 %a0, [p0]; ld.param.b64 %a1, [p2]; mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r2, barrier;
     setp.ne.u32 %p1, %r0, 0; @%p1 bra WAIT;
     mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {8 * width};
-    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%a0, {{128, -1}}], [%r2];
+    cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%a0, {{128, 0}}], [%r2];
     WAIT: bar.warp.sync -1; mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;
     mov.u32 %r3, 0;
     NEXT: add.u32 %r4, %r3, %r0; shl.b32 %r4, %r4, 2; add.u32 %r5, %r1, %r4; ld.shared.b32 %r6, [%r5];
@@ -499,12 +499,47 @@ def test_tensor_copies_of_less_than_a_byte(kind, bits):
     ret; }}"""
     launch(ptx, [], [tensor_map, source, out], arch="sm_100a")
     expected = np.zeros((8, packed), np.uint8)
-    expected[1:7] = source[:, row_bytes // 2 : row_bytes // 2 + packed]
+    expected[:rows] = source[:, row_bytes // 2 : row_bytes // 2 + packed]
     if kind != 11:
         spread = np.zeros((8, box // 16, 16), np.uint8)
         spread[:, :, : 2 * bits] = expected.reshape(8, box // 16, 2 * bits)
         expected = spread.reshape(8, box)
     assert (out == expected).all()
+
+
+def test_tensor_maps_are_changed_field_by_field():
+    memory = np.zeros(64 + 32, np.uint32)
+    start = -memory.ctypes.data % 128 // 4
+    maps = memory[start : start + 64].reshape(2, 32)
+    maps[:, 2] = 2 | 1 << 18
+    fields = """global_address.WHERE.b1024.b64 [BASE], 0x123456789ab0;
+    rank.WHERE.b1024.b32 [BASE], 2;
+    box_dim.WHERE.b1024.b32 [BASE], 0, 64; box_dim.WHERE.b1024.b32 [BASE], 2, 3;
+    global_dim.WHERE.b1024.b32 [BASE], 1, 1000; global_stride.WHERE.b1024.b64 [BASE], 0, 4096;
+    global_stride.WHERE.b1024.b64 [BASE], 1, 0x2000000010; element_stride.WHERE.b1024.b32 [BASE], 1, 1;
+    elemtype.WHERE.b1024.b32 [BASE], 13; swizzle_mode.WHERE.b1024.b32 [BASE], 3;
+    swizzle_atomicity.WHERE.b1024.b32 [BASE], 1; fill_mode.WHERE.b1024.b32 [BASE], 0;"""
+    fields = "".join(f"tensormap.replace.tile.{field.strip()};" for field in fields.split(";") if field.strip())
+    ptx = """.version 8.8
+    .target sm_90a
+    .address_size 64
+    .visible .entry k(.param .u64 p0) {
+    .reg .b32 %r<9>; .reg .b64 %a<9>; .reg .pred %p1; .shared .align 128 .b8 buffer[256];
+    ld.param.b64 %a0, [p0]; mov.u32 %r0, %tid.x; mov.u32 %r1, buffer; shl.b32 %r2, %r0, 2; cvt.u64.u32 %a2, %r2;
+    add.s64 %a2, %a0, %a2; ld.global.b32 %r3, [%a2]; add.u32 %r4, %r1, %r2; st.shared.b32 [%r4+128], %r3;
+    bar.warp.sync -1; setp.ne.u32 %p1, %r0, 0; @%p1 bra END;
+    """ + fields.replace("WHERE", "global").replace("BASE", "%a0")  # fmt: skip
+    ptx += fields.replace("WHERE", "shared::cta").replace("BASE", "%r1+128")
+    ptx += """add.u32 %r5, %r1, 128;
+    END: bar.warp.sync -1; add.u32 %r5, %r1, 128;
+    tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%a0+128], [%r5], 128;
+    ret; }"""
+    launch(ptx, [], [memory[start:]])
+    expected = np.zeros(32, np.uint32)
+    expected[:5] = 0x56789AB0, 0x1234, 2 | 2 << 4 | 11 << 7 | 3 << 13 | 1 << 18 | 1 << 19, 256, 1
+    expected[7] = 2 << 4
+    expected[9], expected[13], expected[14] = 999, 63 << 24, 2 << 8
+    assert (maps == expected).all()
 
 
 CALLS = """.version 8.8

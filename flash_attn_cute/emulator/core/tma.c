@@ -314,39 +314,3 @@ void op_tma_bulk(Warp *w, const Instr *in, uint32_t mask)
             async_issue(w->machine, &op);
     }
 }
-
-/* tensormap.replace and tensormap.cp_fenceproxy. sub: field (0 address, 1 rank, 2 box, 3 dimension, 4 stride, 5 element stride, 6
- * type, 7 interleave, 8 swizzle, 9 fill; 15: the copy) ; imm: ordinal; r: map, value (64-bit for address and stride) */
-void op_tensormap_replace(Warp *w, const Instr *in, uint32_t mask)
-{
-    int i = __builtin_ctz(mask), ordinal = (int)in->imm;
-    if (in->sub == 15) {
-        uint8_t *to = generic_span(w, in, i, R64(0)[i], 128, 1);
-        memcpy(to, shared_read(w, in, in->r[2] >= 0 ? (uint32_t)R64(2)[i] : R32(1)[i], 128), 128);
-        return;
-    }
-    uint32_t words[32];
-    uint8_t *where = generic_span(w, in, i, R64(0)[i], 128, 1);
-    memcpy(words, where, 128);
-    uint32_t value = R32(1)[i];
-    switch (in->sub) {
-    case 0: words[0] = (uint32_t)R64(1)[i], words[1] = (uint32_t)(R64(1)[i] >> 32); break;
-    case 1: words[2] = (words[2] & ~(7u << 4)) | value << 4; break;
-    case 2:
-        if (ordinal == 0)
-            words[13] = (words[13] & 0xffffff) | (value - 1) << 24;
-        else
-            words[14] = (words[14] & ~(255u << (8 * (ordinal - 1)))) | (value - 1) << (8 * (ordinal - 1));
-        break;
-    case 3: words[8 + ordinal] = value - 1; break;
-    case 4: {
-        uint64_t units = R64(1)[i] >> 4;
-        words[3 + ordinal] = (uint32_t)units;
-        words[7] = (words[7] & ~(15u << (4 * ordinal))) | (uint32_t)(units >> 32 & 15) << (4 * ordinal);
-        break;
-    }
-    case 8: words[2] = (words[2] & ~(7u << 13)) | value << 13; break;
-    default: break;
-    }
-    memcpy(where, words, 128);
-}
