@@ -275,6 +275,14 @@ class Assembler:
             raise Unsupported(f"operand {operand!r}")
         return slot
 
+    def low_word(self, operand, slot: int) -> int:
+        """For an instruction that takes less of a register than it has (st and cvt may): the slot of its low 32 bits."""
+        if self.kind(operand) != "b64":
+            return slot
+        low = self.new_slot()
+        self.emit("cvt_u32_u64", [low, slot])
+        return low
+
     def pred(self, operand: str) -> int:
         value = parse_immediate(operand) if isinstance(operand, str) else None
         if value is not None:

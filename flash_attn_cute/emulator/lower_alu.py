@@ -447,6 +447,8 @@ def cvt(a: Assembler, i: Instruction) -> None:
     d, s = i.operands
     source_width = 2 if source.endswith("64") else 1
     slots = [a.reg(d, width), a.reg(s, source_width)]
+    if source_width == 1:
+        slots[1] = a.low_word(s, slots[1])
     register_bytes = {"b16": 2, "b32": 4, "b64": 8}[a.kind(d)]
     if to in INTEGER_KINDS and source in INTEGER_KINDS:
         quick = {("s64", "s32"): "cvt_s64_s32", ("u64", "u32"): "cvt_u64_u32", ("u32", "u64"): "cvt_u32_u64"}

@@ -81,7 +81,11 @@ def store(a: Assembler, i: Instruction) -> None:
     width = {3: 2, 4: 4}.get(log2, 1)
     slot, offset, flag = address_slots(a, where)
     sub = log2 | count << 4 | space_at(a, i, where) << 9 | flag
-    a.emit("st", [slot], sub=sub, imm=offset, pool=a.vector(value, width))
+    registers = a.vector(value, width)
+    if log2 < 3:
+        items = value.items if isinstance(value, Vector) else (value,)
+        registers = [a.low_word(item, slot) for item, slot in zip(items, registers, strict=True)]
+    a.emit("st", [slot], sub=sub, imm=offset, pool=registers)
 
 
 @lowers("st.async", "red.async")

@@ -594,3 +594,16 @@ def test_unknown_instruction_is_an_error_only_where_it_is_reached():
     same(lanes(body.replace("{limit}", "99"), lane), lane)
     with pytest.raises(UnknownInstruction, match="kernel k, PTX line 17: .*frobnicate.b32"):
         lanes(body.replace("{limit}", "9"), lane)
+
+
+def test_stores_and_conversions_take_the_low_part_of_wide_registers():
+    out = np.zeros((32, 2), np.uint32)
+    ptx = """.version 8.8
+    .target sm_90a
+    .address_size 64
+    .visible .entry k(.param .u64 p0) {
+    .reg .b32 %r<9>; .reg .b64 %a<9>;
+    ld.param.b64 %a0, [p0]; mov.u32 %r0, %tid.x; mad.wide.u32 %a1, %r0, 8, %a0; mad.wide.u32 %a2, %r0, 3, 0x500000007;
+    st.global.b32 [%a1], %a2; cvt.u32.u16 %r1, %a2; st.global.b32 [%a1+4], %r1; ret; }"""
+    launch(ptx, [], [out])
+    assert (out == 7 + 3 * np.arange(32)[:, None]).all()

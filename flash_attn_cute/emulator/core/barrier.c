@@ -86,7 +86,7 @@ static uint32_t address_of(Warp *w, const Instr *in, int operand, int lane)
 
 void op_mbarrier_init(Warp *w, const Instr *in, uint32_t mask)
 {
-    FOR_LANES(uint32_t address = address_of(w, in, 0, i); uint32_t count = R32(1)[i];
+    EACH_LANE(uint32_t address = address_of(w, in, 0, i); uint32_t count = R32(1)[i];
               if (count == 0 || count > COUNT_MASK) fault(w, in, FAULT_BARRIER, "mbarrier count %u", count);
               if (address & 7) fault(w, in, FAULT_MISALIGNED, "mbarrier at shared address 0x%x is not 8-byte aligned", address);
               uint8_t *bytes = shared_write(w, in, address, 8);
@@ -96,7 +96,7 @@ void op_mbarrier_init(Warp *w, const Instr *in, uint32_t mask)
 
 void op_mbarrier_inval(Warp *w, const Instr *in, uint32_t mask)
 {
-    FOR_LANES(uint32_t address = address_of(w, in, 0, i); Cta *cta = shared_owner(w, in, address);
+    EACH_LANE(uint32_t address = address_of(w, in, 0, i); Cta *cta = shared_owner(w, in, address);
               state_at(w->machine, in->line, cta, address & SHARED_OFFSET_MASK);
               memset(cta->shadow + (address & SHARED_OFFSET_MASK), 1, 8));
 }

@@ -20,7 +20,7 @@ static void run_copy(Machine *m, AsyncOp *op)
 void op_cp_async(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t size = in->sub & 255;
-    FOR_LANES(uint64_t to = (in->sub & ADDRESS_WIDE ? R64(0)[i] : R32(0)[i]) + (uint64_t)in->imm;
+    EACH_LANE(uint64_t to = (in->sub & ADDRESS_WIDE ? R64(0)[i] : R32(0)[i]) + (uint64_t)in->imm;
               uint64_t from = R64(1)[i] + (uint64_t)(int64_t)in->target;
               uint32_t read = in->r[2] >= 0 ? R32(2)[i] : size;
               if (in->r[3] >= 0 && R32(3)[i]) read = 0;
@@ -45,7 +45,7 @@ static void run_arrive(Machine *m, AsyncOp *op)
  * is raised first, so that the arrival changes nothing in the end (sub bit 0: noinc). */
 void op_cp_async_arrive(Warp *w, const Instr *in, uint32_t mask)
 {
-    FOR_LANES(uint64_t address = (in->sub & ADDRESS_WIDE ? R64(0)[i] : R32(0)[i]) + (uint64_t)in->imm;
+    EACH_LANE(uint64_t address = (in->sub & ADDRESS_WIDE ? R64(0)[i] : R32(0)[i]) + (uint64_t)in->imm;
               AsyncOp op = {.kind = ASYNC_CP, .stream = w->commits[ASYNC_CP], .cluster = w->cta->cluster, .warp = w, .in = in,
                             .lane = (uint32_t)i, .run = run_arrive};
               op.args[0] = address;

@@ -214,7 +214,16 @@ static inline uint64_t *lanes64(Warp *w, int32_t slot) { return (uint64_t *)(w->
 #define RD(n) ((double *)lanes32(w, in->r[n]))
 #define POOL(n) (w->machine->program.pool[in->pool + (n)])
 
-/* Runs `body` for each active lane i; without a mask when all are active, so that it becomes vector code. */
+/* Runs `body` for each active lane i, one after another: for bodies that touch more than their own lane of registers. */
+#define EACH_LANE(...)                                           \
+    do {                                                         \
+        for (uint32_t left_ = mask; left_; left_ &= left_ - 1) { \
+            int i = __builtin_ctz(left_);                        \
+            __VA_ARGS__;                                         \
+        }                                                        \
+    } while (0)
+
+/* The same for bodies whose lanes are independent of each other, which the compiler may believe; without a mask when all are active, so that it becomes vector code. */
 #define FOR_LANES(...)                                               \
     do {                                                             \
         if (mask == FULL_MASK) {                                     \
