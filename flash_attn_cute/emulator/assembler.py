@@ -276,7 +276,7 @@ class Assembler:
         return slot
 
     def low_word(self, operand, slot: int) -> int:
-        """For an instruction that takes less of a register than it has (st and cvt may): the slot of its low 32 bits."""
+        """The slot of a register's low 32 bits, for instructions that may take less of it than it has (st, cvt)."""
         if self.kind(operand) != "b64":
             return slot
         low = self.new_slot()

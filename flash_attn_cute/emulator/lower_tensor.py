@@ -167,13 +167,12 @@ COPIES = {"warpx4": 4, "warpx2::02_13": 2, "warpx2::01_23": 3}
 @lowers("tcgen05.cp")
 def tcgen05_cp(a: Assembler, i: Instruction) -> None:
     shape = next(part for part in i.opcode if re.fullmatch(r"\d+x\d+b", part))
-    if any("b6x16" in part or "b4x16" in part or "b8x16" in part for part in i.opcode):
-        raise Unsupported("a change of format")
+    spread = next((bits for part, bits in (("b4x16_p64", 4), ("b6x16_p32", 6)) if part in i.opcode), 0)
     rows, bits = (int(number) for number in shape.removesuffix("b").split("x"))
     copies = next((COPIES[part] for part in i.opcode if part in COPIES), 0)
     where, descriptor = i.operands
     slot, offset = _tensor_address(a, where)
-    sub = rows | bits // 128 << 8 | _pair(i) << 12 | copies << 16
+    sub = rows | bits // 128 << 8 | _pair(i) << 12 | copies << 16 | spread << 20
     a.emit("tcgen05_cp", [slot, a.reg(descriptor, 2)], sub=sub, imm=offset)
 
 

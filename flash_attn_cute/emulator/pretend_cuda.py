@@ -123,7 +123,7 @@ def _set_stream(stream) -> None:
 
 def _graph_classes(graphs: Graphs) -> dict[str, Any]:
     class CUDAGraph:
-        """Kernel launches, to be repeated. torch's own operations in a capture are refused by the function mode."""
+        """Kernel launches and torch's own operations, to be repeated: graphs.py and captured_operations.py."""
 
         _handle = 0
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flash_attn_cute.emulator.capture import Capture
-from flash_attn_cute.emulator.graphs import Graphs
-from flash_attn_cute.emulator.launch import EmulatorError
+from flash_attn_cute.emulator.captured_operations import Recorder
 from flash_attn_cute.emulator.memory import Memory
 from flash_attn_cute.emulator.patching import Patches
 
@@ -75,9 +74,18 @@ def _align(tensor: Tensor) -> None:
         # The new storage keeps the buffer.
         aligned = torch.frombuffer(memoryview(buffer)[skip : skip + size], dtype=torch.uint8).untyped_storage()
         aligned.copy_(storage)
+        _Moves.follow(lambda: aligned.copy_(storage))
         view = torch.empty(0, dtype=tensor.dtype)
         view.set_(aligned, tensor.storage_offset(), tensor.size(), tensor.stride())
         tensor.data = view
+
+
+class _Moves:
+    """In the capture of a graph, what fills the memory that a tensor had first has to reach what it has now."""
+
+    @staticmethod
+    def follow(move: Callable[[], None]) -> None:
+        pass
 
 
 def names_cuda(device: Any) -> bool:
@@ -92,9 +100,6 @@ def names_cuda(device: Any) -> bool:
 class _PassOnMark(TorchFunctionMode):
     """What is computed from a marked tensor is marked."""
 
-    def __init__(self, graphs: Graphs):
-        self._graphs = graphs
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func == _set_data:  # module.cuda() replaces the data of its parameters
@@ -106,8 +111,6 @@ class _PassOnMark(TorchFunctionMode):
         finally:
             _below_mode.depth -= 1
         if result is not None and not isinstance(result, (bool, int, float, str)):
-            if self._graphs.capturing and any(True for _ in _tensors(result)):
-                _check_captured(func, args, result)
             given = list(_tensors((args, kwargs)))
             if any(_MARK in tensor.__dict__ for tensor in given):
                 known = {id(tensor) for tensor in given}
@@ -120,16 +123,6 @@ class _PassOnMark(TorchFunctionMode):
 
 
 _set_data = Tensor.data.__set__
-
-
-def _check_captured(func: Callable, args: tuple, result: Any) -> None:
-    """A captured graph repeats kernel launches, so what torch computes meanwhile would be computed once."""
-    name = getattr(func, "__name__", str(func))
-    memory = {_memory(tensor) for tensor in _tensors(args)}
-    in_place = name.endswith("_") and not name.endswith("__")
-    if "empty" in name or (not in_place and all(_memory(tensor) in memory for tensor in _tensors(result))):
-        return
-    raise EmulatorError(f"torch's {name} in the capture of a CUDA graph is not emulated, only kernel launches are")
 
 
 def _has_memory(tensor: Tensor) -> bool:
@@ -169,7 +162,10 @@ def install(patches: Patches, capture: Capture) -> None:
     _install_moves(patches)
     _install_factories(patches)
     _install_dlpack(patches, capture.host)
-    _install_mode(patches, capture.graphs)
+    _install_mode(patches)
+    patches.set(_Moves, "follow", lambda move: capture.graphs.record(move) if capture.graphs.capturing else None)
+    # A tensor made in the body of a custom operator has no mark yet.
+    capture.graphs.operations = Recorder(capture.graphs, lambda tensor: _MARK in tensor.__dict__)
 
 
 def _install_attributes(patches: Patches, memory: Memory) -> None:
@@ -328,15 +324,15 @@ def _install_dlpack(patches: Patches, host: ctypes.CDLL) -> None:
         patches.set(Tensor, "__dlpack_c_exchange_api__", api.PyCapsule_New(table, name, None))
 
 
-def _install_mode(patches: Patches, graphs: Graphs) -> None:
+def _install_mode(patches: Patches) -> None:
     """Modes belong to a thread, so each thread that starts gets one of its own."""
     run = threading.Thread.run
 
     def run_in_mode(self):
-        with _PassOnMark(graphs):
+        with _PassOnMark():
             run(self)
 
     patches.set(threading.Thread, "run", run_in_mode)
-    mode = _PassOnMark(graphs)
+    mode = _PassOnMark()
     mode.__enter__()
     patches.on_restore(lambda: mode.__exit__(None, None, None))

@@ -19,10 +19,15 @@ mov.u32 %r0, %tid.x; mov.u32 %r1, memory; ld.param.b64 %rd0, [p0];
 """
 
 
-def run(body, array=None, block=32, arch="sm_90a", writable=True, **options):
-    array = np.zeros(64, np.uint32) if array is None else array
+def aligned_words(count):
+    raw = np.zeros(count + 4, np.uint32)
+    return raw[-raw.ctypes.data % 16 // 4 :][:count]
+
+
+def run(body, array=None, block=32, arch="sm_90a", writable=True, size=None, **options):
+    array = aligned_words(64) if array is None else array
     text = HEADER.format(arch=arch) + body + "\nret;\n}"
-    allocation = Allocation(array.ctypes.data, array.nbytes, "the array", writable)
+    allocation = Allocation(array.ctypes.data, size or array.nbytes, "the array", writable)
     params = np.array([array.ctypes.data], np.uint64).tobytes()
     record = LaunchRecord(text, "k", arch, (1, 1, 1), (block, 1, 1), (1, 1, 1), 0, params, [allocation])
     return Engine(EngineOptions(sms=1, **options)).run(record)
@@ -30,6 +35,16 @@ def run(body, array=None, block=32, arch="sm_90a", writable=True, **options):
 
 FIRES = {
     "global memory, past a tensor": (errors.OutOfBounds, "the array", "ld.global.b32 %r2, [%rd0+256];"),
+    "global memory, a vector beyond the last 16 bytes": (
+        errors.OutOfBounds,
+        "read of 16 bytes",
+        "ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd0+256];",
+    ),
+    "global memory, a vector store across the end": (
+        errors.OutOfBounds,
+        "write of 32 bytes|write of 16 bytes",
+        "st.global.v4.b64 [%rd0+224], {%rd0, %rd0, %rd0, %rd0}; st.global.v4.b32 [%rd0+256], {%r0, %r0, %r0, %r0};",
+    ),
     "global memory, before a tensor": (errors.OutOfBounds, "outside every tensor", "st.global.b32 [%rd0+-4], %r0;"),
     "shared memory": (errors.OutOfBounds, "shared address", "st.shared.b32 [%r1+1024], %r0;"),
     "shared memory below the first address": (
@@ -68,6 +83,11 @@ def test_fires(name):
     kind, message, body = FIRES[name]
     with pytest.raises(kind, match="(?s)kernel k.*" + message):
         run(body)
+
+
+def test_a_read_may_end_in_the_last_sixteen_bytes():
+    """Memory on a GPU comes in larger pieces than tensors have; writing there is an error all the same."""
+    run("ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd0+240]; ld.global.v2.b32 {%r2, %r3}, [%rd0+248];", size=252)
 
 
 def test_read_only_memory():

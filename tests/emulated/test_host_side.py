@@ -211,13 +211,47 @@ def test_graphs_replay_launches(tmp_path):
     y.zero_()
     graph.replay()
     assert (y == 6).all()
-    try:
-        with torch.cuda.graph(graph):
-            x + 1
-    except Exception as error:
-        assert "not emulated" in str(error)
-    else:
-        raise AssertionError("an operation in a capture went unnoticed")
+    """
+    )
+    run(program, tmp_path)
+
+
+def test_graphs_repeat_what_torch_computes(tmp_path):
+    """As on a GPU: nothing that was there before a capture changes in it, and new memory is filled at every replay."""
+    program = (
+        SCALE
+        + """
+    x, y = tensors()
+    function = cute.compile(host, from_dlpack(x), from_dlpack(y), 3, 200)
+
+    @torch.library.custom_op("test::scaled_sum", mutates_args=(), device_types="cuda")
+    def scaled_sum(x: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(1, device=x.device)
+        scaled = torch.empty_like(x)
+        function(from_dlpack(x), from_dlpack(scaled), 3)
+        return total.add_(scaled.float().sum())
+
+    calls, on_host = torch.zeros(1, device="cuda"), torch.zeros(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls += 1
+        on_host += 1
+        fresh = torch.zeros(200, device="cuda")
+        fresh[3:5].copy_(x[3:5])
+        fresh += 1
+        total = scaled_sum(x)
+        try:
+            total.item()
+        except Exception as error:
+            assert "before it is computed" in str(error)
+        else:
+            raise AssertionError("a value was read in a capture")
+    assert calls.item() == 0 and on_host.item() == 1
+    for count in (1, 2):
+        x.fill_(count)
+        graph.replay()
+        assert calls.item() == count and on_host.item() == 1
+        assert fresh.sum() == 200 + 2 * count and total.item() == 3 * count * x.numel()
     """
     )
     run(program, tmp_path)

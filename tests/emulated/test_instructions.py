@@ -489,7 +489,7 @@ def test_tensor_copies_of_less_than_a_byte(kind, bits):
     .shared .align 8 .b8 barrier[8];
     ld.param.b64 %a0, [p0]; ld.param.b64 %a1, [p2]; mov.u32 %r0, %tid.x; mov.u32 %r1, tile; mov.u32 %r2, barrier;
     setp.ne.u32 %p1, %r0, 0; @%p1 bra WAIT;
-    mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {8 * width};
+    mbarrier.init.shared.b64 [%r2], 1; mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {8 * packed};
     cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%a0, {{128, 0}}], [%r2];
     WAIT: bar.warp.sync -1; mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;
     mov.u32 %r3, 0;

@@ -313,6 +313,8 @@ void matmul_rows(float *d, size_t d_stride, const float *a, size_t a_stride, con
 /* Of the last four, the first is two numbers a byte; of the others sixteen lie at the start of sixteen bytes. */
 enum { FORMAT_F16, FORMAT_BF16, FORMAT_TF32, FORMAT_E4M3, FORMAT_E5M2, FORMAT_S8, FORMAT_U8, FORMAT_E2M3, FORMAT_E3M2, FORMAT_E2M1,
        FORMAT_E2M1_PACKED, FORMAT_E2M1_SPREAD, FORMAT_E2M3_SPREAD, FORMAT_E3M2_SPREAD };
+void widen_chunk(uint8_t out[16], const uint8_t *bytes, int bits); /* sixteen spread numbers, a byte each */
+void decode_bytes(float *out, const uint8_t *bytes, int count, int format); /* of a spread format, as widen_chunk leaves them */
 int format_bytes(int format);    /* that one number takes, where it takes whole bytes */
 int format_elements(int format); /* numbers in 32 bytes, what a tensor instruction takes of a row */
 

@@ -6,13 +6,27 @@
 
 #define ADDRESS_WIDE 0x80000000u
 
+/* Where reads that begin inside an allocation have to end: memory comes in pieces of at least 16 bytes, aligned to more, so a
+ * vector load may take what lies between a tensor's end and the next multiple of 16, and compilers make use of that. */
+static uint64_t end_of(const Allocation *a, int write)
+{
+    uint64_t end = a->address + a->size;
+    return write ? end : (end + 15) & ~15ull;
+}
+
+static int holds(const Allocation *a, uint64_t address, uint64_t size, int write)
+{
+    return address >= a->address && (address + size <= a->address + a->size ||
+                                     (address < a->address + a->size && address + size <= end_of(a, write)));
+}
+
 uint8_t *global_range(Machine *m, int32_t *hint, uint64_t address, uint64_t size, int write, const char **why)
 {
     const Allocation *all = m->allocations;
     if (!(m->checks & CHECK_BOUNDS))
         return (uint8_t *)(uintptr_t)address;
     int32_t guess = *hint;
-    if (!(guess < m->allocation_count && address >= all[guess].address && address + size <= all[guess].address + all[guess].size)) {
+    if (!(guess < m->allocation_count && holds(&all[guess], address, size, write))) {
         int32_t low = 0, high = m->allocation_count; /* sorted by address: the last that starts at or below */
         while (low < high) {
             int32_t middle = (low + high) / 2;
@@ -23,7 +37,7 @@ uint8_t *global_range(Machine *m, int32_t *hint, uint64_t address, uint64_t size
         }
         guess = low - 1;
         /* Tensors may be views of one another, so an earlier and longer one can hold what the nearest does not. */
-        while (guess >= 0 && !(address + size <= all[guess].address + all[guess].size && (!write || all[guess].writable)))
+        while (guess >= 0 && !(holds(&all[guess], address, size, write) && (!write || all[guess].writable)))
             guess--;
         if (guess < 0) {
             *why = "outside every tensor of the launch";

@@ -32,15 +32,33 @@ static const float *table_of(int format)
     return small_table[format == FORMAT_E4M3 ? 0 : format == FORMAT_E5M2 ? 1 : format - FORMAT_E2M3 + 2];
 }
 
+static uint32_t take_bits(const uint8_t *bytes, int at, int bits)
+{
+    uint32_t pair = bytes[at / 8] | (at % 8 + bits > 8 ? (uint32_t)bytes[at / 8 + 1] << 8 : 0);
+    return pair >> (at % 8) & ((1u << bits) - 1);
+}
+
 /* Numbers of `bits` bits, the lowest first; sixteen in each sixteen bytes where they are spread. */
 static void decode_bits(float *out, const uint8_t *bytes, int count, int format, int bits, int spread)
 {
     const float *table = table_of(format);
-    for (int i = 0; i < count; i++) {
-        int at = spread ? i / 16 * 128 + i % 16 * bits : i * bits;
-        uint32_t pair = bytes[at / 8] | (at % 8 + bits > 8 ? (uint32_t)bytes[at / 8 + 1] << 8 : 0);
-        out[i] = table[pair >> (at % 8) & ((1u << bits) - 1)];
-    }
+    for (int i = 0; i < count; i++)
+        out[i] = table[take_bits(bytes, spread ? i / 16 * 128 + i % 16 * bits : i * bits, bits)];
+}
+
+/* In a byte, 6 bits stand at the end and 4 bits in the middle, two zeros on either side. */
+void widen_chunk(uint8_t out[16], const uint8_t *bytes, int bits)
+{
+    for (int i = 0; i < 16; i++)
+        out[i] = (uint8_t)(take_bits(bytes, i * bits, bits) << (bits == 4 ? 2 : 0));
+}
+
+void decode_bytes(float *out, const uint8_t *bytes, int count, int format)
+{
+    int four = format == FORMAT_E2M1_SPREAD;
+    const float *table = table_of(four ? FORMAT_E2M1 : format == FORMAT_E2M3_SPREAD ? FORMAT_E2M3 : FORMAT_E3M2);
+    for (int i = 0; i < count; i++)
+        out[i] = table[four ? bytes[i] >> 2 & 15 : bytes[i] & 63];
 }
 
 CLONED void decode_row(float *out, const uint8_t *bytes, int count, int format)

@@ -199,7 +199,11 @@ static void rows_from_tmem(Machine *m, int32_t line, Cta *cta, uint32_t address,
     check_columns(m, line, cta, column, 8);
     for (int row = 0; row < rows; row++) {
         check_written(m, line, cta, lane + (uint32_t)row, column, 8);
-        decode_row(out + row * MAX_K, (const uint8_t *)cell(cta, lane + (uint32_t)row, column), format_elements(format), format);
+        const uint8_t *bytes = (const uint8_t *)cell(cta, lane + (uint32_t)row, column);
+        if (format > FORMAT_E2M1_PACKED) /* tensor memory has a byte for each */
+            decode_bytes(out + row * MAX_K, bytes, 32, format);
+        else
+            decode_row(out + row * MAX_K, bytes, format_elements(format), format);
     }
 }
 
@@ -355,11 +359,11 @@ void op_tcgen05_mma(Warp *w, const Instr *in, uint32_t mask)
 }
 
 /* tcgen05.cp: rows of shared memory into tensor memory. args: address, descriptor. sub: rows | 16-byte pieces a row << 8 | pair << 12 |
- * copies << 16 (4: to every quarter; 2: quarters 0 and 2 get the first half, 1 and 3 the second; 3: 0, 1 and 2, 3) */
+ * bits of a spread number, to become a byte, << 20, or 0 | copies << 16 (4: to every quarter; 2: quarters 0 and 2 get the first half, 1 and 3 the second; 3: 0, 1 and 2, 3) */
 static void run_cp(Machine *m, AsyncOp *op)
 {
     uint32_t address = (uint32_t)op->args[0], column = address & 0xffff;
-    int rows = (int)(op->in->sub & 255), pieces = (int)(op->in->sub >> 8 & 15), copies = (int)(op->in->sub >> 16 & 15);
+    int spread = (int)(op->in->sub >> 20 & 7), rows = (int)(op->in->sub & 255), pieces = (int)(op->in->sub >> 8 & 15), copies = (int)(op->in->sub >> 16 & 15);
     int pair = op->in->sub >> 12 & 1, rank = op->warp->cta->rank;
     for (int c = pair ? rank & ~1 : rank; c <= (pair ? rank | 1 : rank); c++) {
         Cta *cta = &op->cluster->ctas[c];
@@ -371,10 +375,15 @@ static void run_cp(Machine *m, AsyncOp *op)
                 if (from < SHARED_FIRST || from + 16 > cta->shared_bytes)
                     machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "tcgen05.cp reads shared address 0x%x", from);
                 shared_check_written(m, op->in->line, cta, from, 16, "read by tcgen05.cp");
+                uint8_t bytes[16];
+                if (spread)
+                    widen_chunk(bytes, cta->shared + from, spread);
+                else
+                    memcpy(bytes, cta->shared + from, 16);
                 for (int copy = 0; copy < (copies == 4 ? 4 : copies ? 2 : 1); copy++) {
                     int lane = copies == 4 ? row + 32 * copy : copies == 2 ? row + 64 * copy
                                : copies == 3 ? row % 32 + 64 * (row / 32) + 32 * copy : row;
-                    memcpy(cell(cta, (address >> 16) + (uint32_t)lane, column + (uint32_t)piece * 4), cta->shared + from, 16);
+                    memcpy(cell(cta, (address >> 16) + (uint32_t)lane, column + (uint32_t)piece * 4), bytes, 16);
                     mark_written(cta, (address >> 16) + (uint32_t)lane, column + (uint32_t)piece * 4, 4);
                 }
             }

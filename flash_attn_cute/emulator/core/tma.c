@@ -176,7 +176,7 @@ static void run_tensor(Machine *m, AsyncOp *op)
     const int32_t *coordinates = (const int32_t *)op->words + 16;
     int what = (int)op->in->sub & 3, pair = (op->in->sub >> 12 & 1) != 0;
     uint32_t shared = (uint32_t)op->args[0], barrier = (uint32_t)op->args[1], offset = shared & SHARED_OFFSET_MASK;
-    int64_t bytes = t.shared_bits;
+    int64_t bytes = t.bits; /* what a barrier counts: of spread numbers, without the padding */
     if (offset & (t.swizzle ? 127 : 15))
         machine_fault(m, FAULT_MISALIGNED, op->in->line, "tensor copy at shared address 0x%x, not aligned to %d bytes", offset,
                       t.swizzle ? 128 : 16);
