@@ -33,7 +33,7 @@ ARCHITECTURES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 MODULES = {"ours": "flash_attn_cute", "flash-attn-4": "flash_attn.cute"}
 TILE = 128
 # By a part of the kernel's name; warps of other kernels are grouped by what they execute.
-ROLES = {"ForwardSm90": {"load": [0], "schedule": [1], "idle": [2, 3], "softmax": range(4, 16)}}
+ROLES = {"flash_attn_cuteforward_sm90": {"load": [0], "schedule": [1], "idle": [2, 3], "softmax": range(4, 16)}}
 
 
 class Case(NamedTuple):

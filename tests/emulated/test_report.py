@@ -30,12 +30,12 @@ mov.u32 %r0, %tid.x; mov.u32 %r1, memory; ld.param.b64 %rd0, [p0];
 UNWRITTEN = frozenset({"bounds"})  # for kernels that read shared memory only to be counted
 
 
-def run(body, block=32, grid=1, arch="sm_90a", **options):
-    memory = np.zeros(1024, np.uint32)
+def run(body, block=32, grid=1, arch="sm_90a", cluster=1, memory=None, **options):
+    memory = np.zeros(1024, np.uint32) if memory is None else memory
     allocation = Allocation(memory.ctypes.data, memory.nbytes, "memory")
     params = np.array([memory.ctypes.data], np.uint64).tobytes()
     text = HEADER + body + "\nret;\n}"
-    record = LaunchRecord(text, "k", arch, (grid, 1, 1), (block, 1, 1), (1, 1, 1), 0, params, [allocation])
+    record = LaunchRecord(text, "k", arch, (grid, 1, 1), (block, 1, 1), (cluster, 1, 1), 0, params, [allocation])
     return Engine(EngineOptions(sms=2, **options)).run(record)
 
 
@@ -151,16 +151,21 @@ def test_wgmma_cycles():
         assert [warp["tensor"] for warp in report.instructions] == [1] * 4
 
 
-def test_tcgen05_cycles():
-    """128 x 64 x 16 in 16 bits: 131072 multiply-adds at 4096 a clock, issued by one thread."""
+@pytest.mark.parametrize(("ctas", "rows", "descriptor"), [(1, 128, "0x08100490"), (2, 256, "0x10100490")])
+def test_tcgen05_cycles(ctas, rows, descriptor):
+    """128 x 64 x 16 in 16 bits for each CTA: 131072 multiply-adds at 4096 a clock, issued by one thread."""
     body = """setp.ge.u32 %p2, %r0, 32; @%p2 bra END;
     tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 64; ld.shared.b32 %r2, [%r1];
-    mov.b64 %rd1, 0x4000404000010040; mov.b32 %r3, 0x08100490; setp.ne.u32 %p1, %r0, 0; setp.eq.u32 %p3, 0, 1;
+    mov.b64 %rd1, 0x4000404000010040; mov.b32 %r3, DESCRIPTOR; setp.eq.u32 %p3, 0, 1;
+    barrier.cluster.arrive; barrier.cluster.wait; mov.u32 %r4, %cluster_ctarank; or.b32 %r4, %r4, %r0;
+    setp.ne.u32 %p1, %r4, 0;
     @%p1 bra FREE; tcgen05.mma.cta_group::1.kind::f16 [%r2], %rd1, %rd1, %r3, %p3;
-    FREE: tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 64; END:"""
-    report = run(body, block=128, arch="sm_100a", checks=UNWRITTEN)
-    assert report.mma_multiply_adds == 128 * 64 * 16 and report.mma_cycles == 32.0
-    assert report.mma_tiles(64, 64) == 131072 / (128 * 128 * 128)
+    FREE: barrier.cluster.arrive; barrier.cluster.wait; tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r2, 64; END:"""
+    body = body.replace("cta_group::1", f"cta_group::{ctas}").replace("DESCRIPTOR", descriptor)
+    report = run(body, block=32, grid=ctas, cluster=ctas, arch="sm_100a", checks=UNWRITTEN)
+    assert report.mma_multiply_adds == rows * 64 * 16 and report.mma_cycles == 32.0 * ctas
+    assert report.by_class()["tensor"] == 1
+    assert report.mma_tiles(64, 64) == ctas * 131072 / (128 * 128 * 128)
 
 
 def test_rates_are_the_architectures_own():
@@ -244,6 +249,21 @@ def test_tma_bytes(schedule):
     report = run(BULK, schedule=schedule)
     assert (report.tma_load_bytes, report.tma_store_bytes, report.tma_reduce_bytes) == (512, 256, 64)
     assert (report.global_load_bytes, report.global_store_bytes) == (512, 256 + 64)
+
+
+def test_tma_counts_a_warps_store_once_and_global_bytes_inside_the_tensor():
+    """64 floats from the 32nd of a tensor of 64: half of the box is outside. All lanes ask for it, as one."""
+    raw = np.zeros(1024 + 16, np.uint32)
+    memory = raw[-raw.ctypes.data % 64 // 4 :][:1024]
+    start = memory.ctypes.data + 1024
+    memory[:3] = [start & 0xFFFFFFFF, start >> 32, 2 | 7 << 7 | 1 << 18]  # a vector of floats
+    memory[8], memory[13] = 64 - 1, 64 - 1 << 24  # its length and the box
+    body = """mad.lo.u32 %r2, %r0, 8, %r1; st.shared.v2.b32 [%r2], {%r0, %r0}; bar.warp.sync -1;
+    cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%rd0, {32}], [%r1];
+    cp.async.bulk.commit_group; cp.async.bulk.wait_group 0;"""
+    report = run(body, memory=memory)
+    assert (report.tma_store_bytes, report.global_store_bytes) == (256, 128)
+    assert memory[256 + 32 : 256 + 64].tolist() == [lane for lane in range(16) for _ in "xy"]
 
 
 # -- roles -------------------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ void op_tcgen05_mma(Warp *w, const Instr *in, uint32_t mask)
         int n = (int)(idesc >> 17 & 63) * 8, rows = (int)(idesc >> 24 & 31) * 16;
         Totals *t = &w->machine->totals;
         t->mma_flops += (int64_t)rows * n * elements[in->sub & 15];
-        t->mma_cycles_x16 += 16ll * rows * n * 32 / (2048 * 2) / (in->sub >> 5 & 1 ? 2 : 1);
+        t->mma_cycles_x16 += 16ll * rows * n * 32 / (2048 * 2); /* of one SM: a pair of CTAs has two for half as long */
         async_issue(w->machine, &op);
     }
 }

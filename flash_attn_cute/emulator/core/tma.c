@@ -219,6 +219,7 @@ static uint32_t shared_operand(Warp *w, const Instr *in, int operand, int lane, 
  * pool: coordinates. sub: what | rank << 4 | reduction << 8 | pair << 12 | barrier address 64-bit << 13 | shared 64-bit: top bit */
 void op_tma_tensor(Warp *w, const Instr *in, uint32_t mask)
 {
+    AsyncOp before = {.warp = NULL};
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left), what = (int)in->sub & 3, rank = (int)(in->sub >> 4) & 15;
         AsyncOp op = {.kind = what == TMA_LOAD ? ASYNC_TMA_LOAD : ASYNC_TMA_STORE, .cluster = w->cta->cluster, .warp = w, .in = in,
@@ -238,6 +239,10 @@ void op_tma_tensor(Warp *w, const Instr *in, uint32_t mask)
         shared_owner(w, in, (uint32_t)op.args[0]);
         for (int d = 0; d < rank; d++)
             op.words[16 + d] = lanes32(w, POOL(d))[i];
+        /* A store that all lanes ask for alike is one: ptxas makes it an instruction of the whole warp (UTMASTG). */
+        if (what == TMA_STORE && before.warp && op.args[0] == before.args[0] && !memcmp(op.words, before.words, sizeof op.words))
+            continue;
+        before = op;
         async_issue(w->machine, &op);
     }
 }
