@@ -20,8 +20,9 @@ mov.u32 %r0, %tid.x; mov.u32 %r1, memory; ld.param.b64 %rd0, [p0];
 
 
 def aligned_words(count):
-    raw = np.zeros(count + 4, np.uint32)
-    return raw[-raw.ctypes.data % 16 // 4 :][:count]
+    """Words at a multiple of 32 bytes, as the widest access needs."""
+    raw = np.zeros(count + 8, np.uint32)
+    return raw[-raw.ctypes.data % 32 // 4 :][:count]
 
 
 def run(body, array=None, block=32, arch="sm_90a", writable=True, size=None, **options):
