@@ -2,6 +2,15 @@
 
 from flash_attn_cute.interface import Support, flash_attn_func, flash_attn_varlen_func, supports
 from flash_attn_cute.launch_combine import flash_attn_combine
+from flash_attn_cute.scheduler_metadata import SchedulerMetadata, get_scheduler_metadata
 
 __version__ = "0.1.0"
-__all__ = ["Support", "flash_attn_combine", "flash_attn_func", "flash_attn_varlen_func", "supports"]
+__all__ = [
+    "SchedulerMetadata",
+    "Support",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "get_scheduler_metadata",
+    "supports",
+]

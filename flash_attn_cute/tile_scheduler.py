@@ -1,9 +1,10 @@
 """Tile schedulers: which query tile a CTA works on next.
 
-A launch's tiles are numbered 0 .. num_tiles - 1. `TileOrder` turns a number into a tile (it is the only place that
-knows about sequences, heads and the order of query tiles), `TileScheduler` says which number comes next, and a warp of
-its own runs both ahead of the others and broadcasts what it found through shared memory (`TileMailbox`), so that
-neither a search through cu_seqlens nor an atomic's latency is ever on the path of a warp that computes.
+A launch's tiles are numbered 0 .. num_tiles - 1. An order (`TileOrder`, or `PlannedOrder` where the batch was planned)
+turns a number into a tile and is the only place that knows about sequences, heads and the order of query tiles;
+`TileScheduler` says which number comes next, and a warp of its own runs both ahead of the others and broadcasts what it
+found through shared memory (`TileMailbox`), so that neither a search through cu_seqlens nor an atomic's latency is ever
+on the path of a warp that computes.
 """
 
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, const_expr
+from cutlass import Boolean, Int32, Int64, const_expr
 
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
+from flash_attn_cute.plan import RATIO_BITS
 
 WARP = 32
 
@@ -27,13 +30,19 @@ class WorkTile(NamedTuple):
     batch: Int32
     split: Int32
     num_splits: Int32
+    slot: Int32  # of the workspace, for the partial result of this split; 0 where num_splits is 1
 
     def is_work(self) -> Boolean:
         return self.m_block >= 0
 
     @staticmethod
     def none():
-        return WorkTile(Int32(-1), Int32(0), Int32(0), Int32(0), Int32(1))
+        return WorkTile.whole(Int32(-1), Int32(0), Int32(0))
+
+    @staticmethod
+    def whole(m_block: Int32, head: Int32, batch: Int32):
+        """A tile that is not split."""
+        return WorkTile(m_block, head, batch, Int32(0), Int32(1), Int32(0))
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class TileOrder:
             m_block, head_of_all, is_tile = self._within(local, seqlens, self.num_heads * self.seqlens.batch_size)
             batch, head = head_of_all // self.num_heads, head_of_all % self.num_heads
             seqlens = self.seqlens.of(batch)
-        return WorkTile(m_block, head, batch, Int32(0), Int32(1)), seqlens
+        return WorkTile.whole(m_block, head, batch), seqlens
 
     @cute.jit
     def _first_number(self, batch: Int32) -> Int32:
@@ -104,14 +113,91 @@ class TileOrder:
         is_tile = local < m_blocks * num_heads
         section = cutlass.max(self.section_heads, self.section_tiles // cutlass.max(m_blocks, 1))
         section = cutlass.min(section, num_heads)
-        per_section = cutlass.max(section * m_blocks, 1)
-        first_head = local // per_section * section
-        heads_here = cutlass.max(cutlass.min(section, num_heads - first_head), 1)
-        rest = local % per_section
-        m_block = rest // heads_here
+        m_block, head = walk_section(local, m_blocks, section, num_heads)
         if const_expr(self.longest_first):
             m_block = m_blocks - 1 - m_block
-        return m_block, first_head + rest % heads_here, is_tile
+        return m_block, head, is_tile
+
+
+@cute.jit
+def walk_section(local: Int32, steps: Int32, section: Int32, num_heads: Int32):
+    """(step, head) of the local-th tile of `num_heads` heads with `steps` tiles each: within a section of so many heads
+    the first step of every head comes first, then the second."""
+    per_section = cutlass.max(section * steps, 1)
+    first_head = local // per_section * section
+    heads_here = cutlass.max(cutlass.min(section, num_heads - first_head), 1)
+    rest = local % per_section
+    return rest // heads_here, first_head + rest % heads_here
+
+
+class PlannedWork(NamedTuple):
+    """A scheduler_metadata.SchedulerMetadata in a kernel; its tensors are described there."""
+
+    entries: cute.Tensor
+    cu_total_m_blocks: cute.Tensor
+    cu_total_splits_m_blocks: cute.Tensor
+    summary: cute.Tensor
+
+
+@dataclass(frozen=True)
+class PlannedOrder:
+    """How tile numbers map to tiles of a planned batch: every number is a tile, or a split of one.
+
+    Sequences are in the order of the plan. Those of the front (split or long ones) come first; behind it tiles that are
+    bound by memory are spread evenly among those bound by arithmetic, by the fixed-point ratio of their counts, so that
+    both resources are busy at once. A sequence is found by a search through the running sum of work tiles.
+    """
+
+    seqlens: SeqlenSource
+    work: PlannedWork
+    num_heads: Int32
+    num_tiles: Int32
+    front_tiles: Int32
+    memory_tiles: Int32
+    memory_ratio: Int32
+    longest_first: bool
+
+    @staticmethod
+    @cute.jit
+    def create(seqlens: SeqlenSource, work: PlannedWork, num_heads: Int32, longest_first: bool):
+        """Reads the plan's summary."""
+        num_tiles = work.cu_total_splits_m_blocks[cute.size(work.entries, mode=[0])] * num_heads
+        _, front, memory, ratio = (work.summary[i] for i in range(4))
+        return PlannedOrder(
+            seqlens, work, num_heads, num_tiles, front * num_heads, memory * num_heads, ratio, longest_first
+        )
+
+    @cute.jit
+    def decode(self, number: Int32):
+        """(WorkTile, Seqlens) of a tile number below num_tiles. All 32 lanes of a warp call it."""
+        place = self._place(number)
+        sums = self.work.cu_total_splits_m_blocks
+        index = last_at_most(sums, cute.size(self.work.entries, mode=[0]), place // self.num_heads)
+        entry = cute.make_rmem_tensor(4, Int32)
+        cute.autovec_copy(self.work.entries[index, None], entry)
+        batch, m_blocks, splits, section = (entry[i] for i in range(4))
+        first = sums[index] * self.num_heads
+        step, head = walk_section(place - first, m_blocks * splits, section, self.num_heads)
+        m_block, split = step // splits, step % splits
+        if const_expr(self.longest_first):
+            m_block = m_blocks - 1 - m_block
+        # Split sequences are the first of the order, so that their work tiles count the slots.
+        slot = first + (head * m_blocks + m_block) * splits + split if splits > 1 else Int32(0)
+        return WorkTile(m_block, head, batch, split, splits, slot), self.seqlens.of(batch)
+
+    @cute.jit
+    def _place(self, number: Int32) -> Int32:
+        """Where the number-th tile to be worked on stands in the order of the plan."""
+        place, behind = number, number - self.front_tiles
+        if behind >= 0:
+            memory = _scaled(behind, self.memory_ratio)
+            is_memory = _scaled(behind + 1, self.memory_ratio) > memory
+            place = self.front_tiles + (memory if is_memory else self.memory_tiles + behind - memory)
+        return place
+
+
+def _scaled(count: Int32, ratio: Int32) -> Int32:
+    return ((count.to(Int64) * ratio.to(Int64)) >> RATIO_BITS).to(Int32)
 
 
 @dataclass(frozen=True)
@@ -152,7 +238,8 @@ class TileScheduler:
 MAILBOX_STAGES = 2
 # A tile of this many keys takes longer than finding the next one and loading its first operands.
 LONG_TILE_KEYS = 512
-NUM_WORDS = 10  # WorkTile and Seqlens
+TILE_WORDS = len(WorkTile._fields)
+NUM_WORDS = TILE_WORDS + len(Seqlens._fields)
 MAILBOX_WORDS = 12  # a slot, kept a multiple of 16 bytes
 
 
@@ -171,7 +258,9 @@ class TileMailbox:
     def send(self, position: RingPosition, tile: WorkTile, seqlens: Seqlens):
         stage, full = self.ring.stage(position), self.ring.full_barrier(position)
         if cute.arch.lane_idx() == 0:
-            for i, word in enumerate((*tile, *seqlens)):
+            # All of the slot: the compiler reads it 16 bytes at a time.
+            unused = [Int32(0)] * (MAILBOX_WORDS - NUM_WORDS)
+            for i, word in enumerate((*tile, *seqlens, *unused)):
                 self.slots[i, stage] = word
             cute.arch.mbarrier_arrive(full)
 
@@ -196,4 +285,4 @@ class TileMailbox:
             words = [self.slots[i, stage] for i in range(NUM_WORDS)]
             cute.arch.mbarrier_arrive(empty)
         words = [cute.arch.shuffle_sync(word, 0) for word in words]
-        return WorkTile(*words[:5]), Seqlens(*words[5:])
+        return WorkTile(*words[:TILE_WORDS]), Seqlens(*words[TILE_WORDS:])

@@ -1,0 +1,417 @@
+"""`get_scheduler_metadata`: plans a ragged batch, on the device in one launch, for any number of attention calls."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_attn_cute import tuning
+from flash_attn_cute.compile_cache import cache
+from flash_attn_cute.launch_combine import architecture_of
+from flash_attn_cute.plan import MAX_SPLITS, Lengths, PlanParameters, plan_sequences
+from flash_attn_cute.problem import INT32_MAX
+
+UNBOUNDED = 1 << 30
+MAX_BATCH = 32766
+MAX_WORK_TILES = 1 << 30  # work tiles are numbered in int32, and interleaved in 30-bit fixed point
+BACKENDS = ("auto", "cute", "emulator", "reference")
+# Part of L2 that keys may fill: the rest is queries, outputs and what is on its way.
+L2_PART_FOR_KEYS = (1, 2)
+
+
+class LengthTensors(NamedTuple):
+    """The (B + 1,) and (B,) int32 tensors that give lengths; any of them may be absent."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+
+
+class Extents(NamedTuple):
+    """What the shapes of a call say: rows of q and keys, of all sequences where packed, of each where not."""
+
+    batch_size: int
+    rows_q: int
+    rows_k: int
+
+
+@dataclass(frozen=True)
+class SchedulerMetadata:
+    """A plan, on the device. It may be used by any number of calls of the same lengths, one after another.
+
+    Fields by virtual index have an entry a sequence, in the order in which they are worked on, and two more where q is
+    packed: the padding before the first sequence and behind the last, which is worked on last.
+    """
+
+    parameters: PlanParameters
+    extents: Extents
+    packed_q: bool
+    entries: Tensor  # (N, 4) int32: plan.PlannedSequence
+    cu_total_m_blocks: Tensor  # (N + 1,) int32, query tiles of a head before each entry
+    cu_total_splits_m_blocks: Tensor  # (N + 1,) int32, work tiles of a head before each entry
+    summary: Tensor  # (4,) int32: plan.PlanSummary
+    tile_count_semaphore: Tensor  # (2,) int32, zero before and after every launch
+
+    @property
+    def virtual_batch_idx(self) -> Tensor:
+        """(B,) int32: virtual index -> real index."""
+        return self.entries[: self.extents.batch_size, 0]
+
+    @property
+    def num_m_blocks(self) -> Tensor:
+        """(B,) int32, by virtual index: query tiles of a head."""
+        return self.entries[: self.extents.batch_size, 1]
+
+    @property
+    def num_splits_dynamic(self) -> Tensor:
+        """(B,) int32, by virtual index, at least 1."""
+        return self.entries[: self.extents.batch_size, 2]
+
+    @property
+    def num_nheads_in_l2(self) -> Tensor:
+        """(B,) int32, by virtual index: heads walked together so that their keys stay in L2."""
+        return self.entries[: self.extents.batch_size, 3]
+
+    @property
+    def tiles_bound(self) -> int:
+        """The most query tiles, of all heads, that a batch in these shapes can have."""
+        return tiles_bound(self.parameters, self.extents, self.packed_q)
+
+    @property
+    def slots_bound(self) -> int:
+        """The most partial results that a plan in these shapes can ask for: the size of the workspace."""
+        return self.parameters.slots_bound(self.tiles_bound)
+
+
+def tiles_bound(p: PlanParameters, extents: Extents, packed_q: bool) -> int:
+    tokens = p.tokens_per_tile
+    if packed_q:
+        # A sequence, and padding on either side, may begin a tile that it does not fill.
+        return (extents.rows_q // tokens + extents.batch_size + 2) * p.heads
+    return -(-extents.rows_q // tokens) * extents.batch_size * p.heads
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    num_heads_kv: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    total_q: int | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    num_splits: int = 0,
+    seqlen_k_per_split: int | None = None,
+    pack_gqa: bool | None = None,
+    num_sms: int | None = None,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> SchedulerMetadata:
+    """Plans the attention of a batch: the order of its sequences, their splits, and how work is numbered.
+
+    batch_size, max_seqlen_q, max_seqlen_k: bounds that shape the call. Without cu_seqlens_q every sequence has
+        max_seqlen_q rows of q, without cu_seqlens_k max_seqlen_k keys, of which seqused_q and seqused_k say how many
+        are used.
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; seqused_q, seqused_k: (B,) int32. All on one device.
+    total_q: rows of a packed q; needed with cu_seqlens_q.
+    num_splits: 1 splits nothing, 0 as the batch asks for, n is a cap (at most 256).
+    seqlen_k_per_split: keys between absolute boundaries, rounded up to whole KV tiles; then a row's bits do not depend
+        on the batch. The last of 256 splits takes what is left.
+    pack_gqa: as in the attention call; None decides as it does.
+    num_sms: SMs to plan for; those of the device by default.
+    device: where there are no length tensors.
+
+    Nothing synchronises with the host. Raises ValueError or TypeError for wrong arguments, each naming the argument,
+    NotImplementedError where the backend or the head dimensions have no kernel.
+    """
+    lengths = LengthTensors(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    for name, value, least in (
+        ("batch_size", batch_size, 0),
+        ("max_seqlen_q", max_seqlen_q, 0),
+        ("max_seqlen_k", max_seqlen_k, 0),
+        ("num_heads_kv", num_heads_kv, 1),
+        ("num_splits", num_splits, 0),
+    ):
+        if type(value) is not int or not least <= value <= INT32_MAX:
+            _fail(name, repr(value), f"an int from {least} to {INT32_MAX}")
+    _check_lengths(lengths, batch_size)
+    if num_heads < 1 or num_heads % num_heads_kv:
+        _fail("num_heads", num_heads, f"a positive multiple of num_heads_kv, {num_heads_kv}")
+    if num_splits > MAX_SPLITS:
+        _fail("num_splits", num_splits, f"at most {MAX_SPLITS}")
+    if batch_size > MAX_BATCH:
+        _fail("batch_size", batch_size, f"at most {MAX_BATCH}")
+    if (cu_seqlens_q is None) != (total_q is None):
+        _fail("total_q", total_q, "the rows of q with cu_seqlens_q, None without")
+    if backend not in BACKENDS:
+        _fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
+    given = next((tensor for tensor in lengths if tensor is not None), None)
+    device = torch.device("cuda" if device is None else device) if given is None else given.device
+    target = _target(device, backend, num_sms)
+    extents = Extents(batch_size, max_seqlen_q if cu_seqlens_q is None else total_q, max_seqlen_k)
+    shape = _Shape(num_heads, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
+    window = _window(window_size, causal)
+    rows_q = total_q if cu_seqlens_q is not None else batch_size * max_seqlen_q
+    parameters = _parameters(
+        shape, target, rows_q / max(batch_size, 1), window, num_splits, seqlen_k_per_split, pack_gqa, max_seqlen_k
+    )
+    return plan_batch(lengths, extents, parameters, target.backend, device)
+
+
+class _Shape(NamedTuple):
+    num_heads: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+
+
+class _Target(NamedTuple):
+    backend: str
+    architecture: str
+    num_sms: int
+    l2_bytes: int
+
+
+def _fail(name: str, got: Any, takes: str, kind: type[Exception] = ValueError) -> NoReturn:
+    raise kind(f"{name}: got {got}; takes {takes}")
+
+
+def _check_lengths(lengths: LengthTensors, batch_size: int) -> None:
+    devices = {tensor.device for tensor in lengths if isinstance(tensor, Tensor)}
+    for name, tensor in zip(lengths._fields, lengths, strict=True):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            _fail(name, type(tensor).__name__, "a torch.Tensor or None", TypeError)
+        size = batch_size + 1 if name.startswith("cu") else batch_size
+        if tensor.dtype != torch.int32 or tuple(tensor.shape) != (size,) or not tensor.is_contiguous():
+            _fail(name, f"{tensor.dtype} of shape {tuple(tensor.shape)}", f"contiguous int32 of shape ({size},)")
+        if len(devices) > 1:
+            _fail(name, f"device {tensor.device}", "one device for all lengths")
+
+
+def _window(window_size: tuple[int | None, int | None], causal: bool) -> tuple[int, int]:
+    """(left, right) in numbers."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        _fail("window_size", f"{window_size!r}", "a pair (left, right) of ints or None", TypeError)
+    left, right = (UNBOUNDED if side is None or side < 0 else min(side, UNBOUNDED) for side in (left, right))
+    return left, 0 if causal else right
+
+
+def _parameters(
+    shape: _Shape,
+    target: _Target,
+    mean_seqlen_q: float,
+    window: tuple[int, int],
+    num_splits: int,
+    seqlen_k_per_split: int | None,
+    pack_gqa: bool | None,
+    max_seqlen_k: int,
+) -> PlanParameters:
+    """In the units of the forward kernel of the architecture, which decides packing in the same way."""
+    tile = tuning.forward_tile(target.architecture, shape.head_dim, shape.head_dim_v)
+    if tile is None:
+        raise NotImplementedError(f"head dimensions ({shape.head_dim}, {shape.head_dim_v}) on {target.architecture}")
+    group = shape.num_heads // shape.num_heads_kv
+    packed = tuning.packs_heads(group, mean_seqlen_q, tile.tile_m) if pack_gqa is None else pack_gqa
+    packed = packed and group > 1
+    rows = tuning.packed_rows(group, tile.tile_m) if packed else 1
+    if rows == 0:
+        raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {tile.tile_m})")
+    tiles_per_split, max_splits = 0, num_splits or MAX_SPLITS
+    if seqlen_k_per_split is not None:
+        if type(seqlen_k_per_split) is not int or seqlen_k_per_split < 1:
+            _fail("seqlen_k_per_split", repr(seqlen_k_per_split), "a positive int or None")
+        tiles_per_split = -(-seqlen_k_per_split // tile.tile_n)
+        # What the shapes allow decides the workspace; that a sequence is longer cannot be.
+        longest = -(-max_seqlen_k // tile.tile_n)
+        max_splits = min(max(-(-longest // tiles_per_split), 1), MAX_SPLITS)
+    section_heads, section_tiles = tuning.section_of_tiles(target.num_sms) if window[1] < UNBOUNDED else (1, 0)
+    key_bytes = 2 * (shape.head_dim + shape.head_dim_v)
+    return PlanParameters(
+        heads=shape.num_heads_kv if packed else shape.num_heads,
+        heads_per_kv_load=1 if packed else group,
+        tokens_per_tile=tile.tile_m // rows,
+        tile_n=tile.tile_n,
+        window_left=window[0],
+        window_right=window[1],
+        num_sms=target.num_sms,
+        max_splits=max_splits,
+        tiles_per_split=tiles_per_split,
+        section_heads=section_heads,
+        section_tiles=section_tiles,
+        l2_keys=target.l2_bytes * L2_PART_FOR_KEYS[0] // L2_PART_FOR_KEYS[1] // key_bytes,
+    )
+
+
+def _target(device: torch.device, backend: str, num_sms: int | None) -> _Target:
+    if device.type == "cuda" and backend != "reference":
+        properties = torch.cuda.get_device_properties(device)
+        l2_bytes = getattr(properties, "L2_cache_size", 0)
+        return _Target("cute", architecture_of(device), num_sms or properties.multi_processor_count, l2_bytes)
+    if backend == "cute":
+        raise NotImplementedError(f"backend='cute' on device type {device.type}: the kernel needs a CUDA device")
+    # Where there is no GPU: an H200, unless the emulator says otherwise.
+    architecture = "sm_90a"
+    if backend == "emulator":
+        from flash_attn_cute.emulator import backend as emulator
+
+        architecture = emulator.architecture()
+    chosen = "emulator" if backend == "emulator" else "reference"
+    return _Target(chosen, architecture, num_sms or 132, 60 << 20)
+
+
+def plan_batch(
+    lengths: LengthTensors, extents: Extents, parameters: PlanParameters, backend: str, device: torch.device
+) -> SchedulerMetadata:
+    """The plan of a batch under given parameters. backend: "cute", "emulator" or "reference".
+
+    Raises ValueError where there may be more work tiles than can be numbered.
+    """
+    packed_q = lengths.cu_seqlens_q is not None
+    most_tiles = tiles_bound(parameters, extents, packed_q)
+    most = most_tiles + parameters.slots_bound(most_tiles)
+    if most > MAX_WORK_TILES:
+        _fail("seqlen_k_per_split", f"room for {most} work tiles", f"at most {MAX_WORK_TILES}: larger splits")
+    metadata = _allocate(extents, parameters, packed_q, device)
+    if metadata.entries.shape[0] == 0:
+        for tensor in (*_sums(metadata), metadata.summary, metadata.tile_count_semaphore):
+            tensor.zero_()
+        return metadata
+    if backend == "reference":
+        _fill_by_reference(metadata, lengths)
+    elif backend == "emulator":
+        _fill_emulated(metadata, lengths)
+    else:
+        _fill(metadata, lengths)
+    return metadata
+
+
+def _allocate(extents: Extents, parameters: PlanParameters, packed_q: bool, device: torch.device) -> SchedulerMetadata:
+    """One allocation; the kernel writes all of it."""
+    count = extents.batch_size + (2 if packed_q else 0)
+    sizes = [4 * count, count + 1, count + 1, 4, 2]
+    room = [-(-size // 4) * 4 for size in sizes]  # entries are stored 16 bytes at a time
+    parts = torch.empty(sum(room), dtype=torch.int32, device=device).split(room)
+    entries, m_blocks, tiles, summary, semaphore = (part[:size] for part, size in zip(parts, sizes, strict=True))
+    return SchedulerMetadata(parameters, extents, packed_q, entries.view(count, 4), m_blocks, tiles, summary, semaphore)
+
+
+def _sums(metadata: SchedulerMetadata) -> tuple[Tensor, Tensor]:
+    return metadata.cu_total_m_blocks, metadata.cu_total_splits_m_blocks
+
+
+def _fill_by_reference(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
+    plan = plan_sequences(*sequences_of(lengths, metadata.extents), metadata.parameters)
+    for tensor, values in zip((metadata.entries, *_sums(metadata), metadata.summary), plan, strict=True):
+        tensor.copy_(torch.tensor(values, dtype=torch.int32))
+    metadata.tile_count_semaphore.zero_()
+
+
+def sequences_of(lengths: LengthTensors, extents: Extents) -> tuple[list[Lengths], list[int]]:
+    """(sequences, padding rows) of `plan.plan_sequences`. Reads the tensors on the host."""
+    cu_q, cu_k, used_q, used_k = (None if tensor is None else tensor.tolist() for tensor in lengths)
+    sequences = []
+    for i in range(extents.batch_size):
+        rows_q = extents.rows_q if cu_q is None else cu_q[i + 1] - cu_q[i]
+        keys = extents.rows_k if cu_k is None else cu_k[i + 1] - cu_k[i]
+        sequences.append(
+            Lengths(rows_q, rows_q if used_q is None else used_q[i], keys if used_k is None else used_k[i])
+        )
+    return sequences, [] if cu_q is None else [cu_q[0], extents.rows_q - cu_q[-1]]
+
+
+def _fill_emulated(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
+    from flash_attn_cute.emulator.backend import architecture
+    from flash_attn_cute.emulator.session import current_session, emulate
+
+    with contextlib.nullcontext() if current_session() is not None else emulate(architecture()):
+        _fill(metadata, LengthTensors(*(None if tensor is None else tensor.cuda() for tensor in lengths)))
+
+
+class PlanKey(NamedTuple):
+    """Everything that changes the generated code."""
+
+    architecture: str
+    kernel: str
+    cu_seqlens_q: bool
+    cu_seqlens_k: bool
+    seqused_q: bool
+    seqused_k: bool
+    ctas: int
+    items: int
+
+
+def compile_kernel(key: PlanKey) -> Any:
+    """Compiles one planning kernel, for batches of any size up to its capacity. Needs no GPU."""
+    import cutlass.cute as cute
+    from cutlass import Int32
+
+    from flash_attn_cute.prepare_scheduler_metadata import (
+        PlanScalars,
+        PlanSpec,
+        PlanTensors,
+        PrepareSchedulerMetadata,
+    )
+
+    def vector(present=True, size=None):
+        size = cute.sym_int() if size is None else size
+        return cute.runtime.make_fake_tensor(Int32, (size,), stride=(1,), assumed_align=4) if present else None
+
+    tensors = PlanTensors(
+        *(vector(present) for present in key[2:6]),
+        cute.runtime.make_fake_tensor(Int32, (cute.sym_int(), 4), stride=(4, 1), assumed_align=16),
+        vector(),
+        vector(),
+        vector(size=4),
+        vector(size=2),
+    )
+    scalars = PlanScalars(*(Int32(1) for _ in PlanScalars._fields))
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    kernel = PrepareSchedulerMetadata(PlanSpec(key.ctas, key.items))
+    return cute.compile(kernel, tensors, scalars, stream, options=f"--enable-tvm-ffi --gpu-arch {key.architecture}")
+
+
+def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
+    """Launches on the current stream."""
+    from flash_attn_cute.prepare_scheduler_metadata import SPECS
+
+    p, entries = metadata.parameters, metadata.entries
+    spec = next(spec for spec in SPECS if entries.shape[0] <= spec.capacity)
+    device = next((tensor.device for tensor in lengths if tensor is not None), entries.device)
+    present = (tensor is not None for tensor in lengths)
+    key = PlanKey(architecture_of(device), "plan", *present, spec.ctas, spec.items)
+    function = cache.get(key, functools.partial(compile_kernel, key))
+    function(
+        (*lengths, entries, *_sums(metadata), metadata.summary, metadata.tile_count_semaphore),
+        (
+            *metadata.extents,
+            p.heads,
+            p.heads_per_kv_load,
+            p.tokens_per_tile,
+            p.tile_n,
+            p.window_left,
+            p.window_right,
+            p.num_sms,
+            p.max_splits,
+            p.tiles_per_split,
+            p.section_heads,
+            p.section_tiles,
+            p.l2_keys,
+        ),
+    )

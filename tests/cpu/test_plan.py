@@ -1,0 +1,171 @@
+"""Properties of plans, on the specification in plain Python; and `get_scheduler_metadata` without a GPU."""
+
+import dataclasses
+import random
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_attn_cute import SchedulerMetadata, get_scheduler_metadata
+from flash_attn_cute.plan import (
+    GRANULARITIES,
+    TILE_OVERHEAD,
+    Lengths,
+    PlanParameters,
+    plan_sequences,
+    work_tiles,
+)
+from flash_attn_cute.scheduler_metadata import UNBOUNDED
+
+CAUSAL = PlanParameters(
+    heads=8,
+    heads_per_kv_load=1,
+    tokens_per_tile=32,
+    tile_n=128,
+    window_left=UNBOUNDED,
+    window_right=0,
+    num_sms=132,
+    section_heads=2,
+    section_tiles=528,
+    l2_keys=60000,
+)
+
+
+def sequence(len_q, len_k):
+    return Lengths(len_q, len_q, len_k)
+
+
+def parameters(**changes):
+    return dataclasses.replace(CAUSAL, **changes)
+
+
+key_lengths = st.one_of(st.integers(0, 300), st.sampled_from([4096, 131072]))
+query_lengths = st.sampled_from([0, 1, 1, 33, 300])
+batches = st.lists(st.builds(sequence, query_lengths, key_lengths), max_size=40)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batch=batches, heads=st.sampled_from([1, 8, 32]), num_sms=st.sampled_from([1, 5, 132]))
+def test_a_plan_is_complete_and_its_workspace_is_bounded(batch, heads, num_sms):
+    p = parameters(heads=heads, num_sms=num_sms)
+    plan = plan_sequences(batch, [70, 0], p)
+    count = len(batch)
+    assert sorted(s.batch for s in plan.sequences[:count]) == list(range(count))
+    assert [s.batch for s in plan.sequences[count:]] == [-1, count]
+    assert plan.cu_total_m_blocks == [0, *accumulate(s.num_m_blocks for s in plan.sequences)]
+    tiles = work_tiles(plan, heads, longest_first=True)
+    assert len(tiles) == plan.cu_total_splits_m_blocks[-1] * heads
+    wanted = {
+        (m, h, s.batch, split, s.num_splits)
+        for s in plan.sequences
+        for m in range(s.num_m_blocks)
+        for h in range(heads)
+        for split in range(s.num_splits)
+    }
+    assert {tile[:5] for tile in tiles} == wanted and len(wanted) == len(tiles)
+    slots = sorted(tile.slot for tile in tiles if tile.num_splits > 1)
+    assert slots == list(range(len(slots)))
+    assert len(slots) <= 2 * GRANULARITIES[-1] * num_sms
+    assert len(slots) <= p.slots_bound(plan.cu_total_m_blocks[-1] * heads)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(batch=batches, cap=st.sampled_from([1, 2, 3, 256]))
+def test_splits_stay_within_what_was_allocated(batch, cap):
+    plan = plan_sequences(batch, [], parameters(max_splits=cap))
+    assert all(1 <= s.num_splits <= cap for s in plan.sequences)
+    fixed = plan_sequences(batch, [], parameters(max_splits=cap, tiles_per_split=4))
+    for s in fixed.sequences:
+        assert s.num_splits == (1 if cap == 1 else max(min(-(-batch[s.batch].len_k // 512), cap), 1))
+
+
+def test_absolute_boundaries_do_not_depend_on_the_batch():
+    p = parameters(tiles_per_split=4)
+    alone = plan_sequences([sequence(1, 5000)], [], p).sequences[0].num_splits
+    crowd = plan_sequences([sequence(1, 5000)] + [sequence(700, 9000)] * 50, [], p)
+    assert alone == next(s for s in crowd.sequences if s.batch == 0).num_splits == 10
+
+
+def test_one_long_decode_fills_the_gpu_and_its_workspace_is_that_of_the_gpu():
+    """131072 keys, one query: the workspace of the design's example, in slots of a query tile."""
+    plan = plan_sequences([sequence(1, 131072)], [], CAUSAL)
+    splits = plan.sequences[0].num_splits
+    assert 132 <= splits * CAUSAL.heads <= 4 * 132
+    assert CAUSAL.slots_bound(10**6) == 528
+
+
+def test_a_full_gpu_is_not_split():
+    for batch in ([sequence(1, 4096)] * 200, [sequence(4096, 4096)] * 4, [sequence(9, 9)] * 3000):
+        assert all(s.num_splits == 1 for s in plan_sequences(batch, [], CAUSAL).sequences)
+    # Just above one round of equal tiles, halves pack better: three rounds of one half instead of two of one.
+    nearly = plan_sequences([sequence(1, 16384)] * 17, [], CAUSAL)
+    assert all(s.num_splits == 2 for s in nearly.sequences)
+
+
+def test_longest_first_and_streams_interleave_evenly():
+    generator = random.Random(0)
+    prefill = [sequence(2048, 2048)] * 8
+    batch = prefill + [sequence(1, generator.randrange(500, 4000)) for _ in range(200)]
+    p = parameters(num_sms=16)
+    plan = plan_sequences(batch, [], p)
+    tiles = work_tiles(plan, p.heads, longest_first=True)
+    is_decode = [tile.batch >= len(prefill) for tile in tiles]
+    assert plan.summary.front_tiles == 0
+    share = sum(is_decode) / len(tiles)
+    for start in range(0, len(tiles) - 100, 100):
+        assert abs(sum(is_decode[start : start + 100]) - 100 * share) <= 1
+    keys = [batch[s.batch].len_k for s in plan.sequences if s.batch >= len(prefill)]
+    assert all(-(-a // 128) >= -(-b // 128) for a, b in zip(keys, keys[1:], strict=False))
+
+
+def test_a_tile_that_lasts_as_long_as_the_launch_starts_first():
+    batch = [sequence(2048, 2048)] * 8 + [sequence(1, 131072)]
+    plan = plan_sequences(batch, [], parameters(max_splits=1))
+    assert plan.sequences[0].batch == 8
+    assert plan.summary.front_tiles >= 1
+    assert TILE_OVERHEAD > 0
+
+
+def test_get_scheduler_metadata_on_the_cpu():
+    used = torch.tensor([100, 131072, 7], dtype=torch.int32)
+    m = get_scheduler_metadata(3, 1, 131072, 32, 8, 128, seqused_k=used, causal=True)
+    assert isinstance(m, SchedulerMetadata)
+    assert m.virtual_batch_idx.tolist()[0] == 1 and sorted(m.virtual_batch_idx.tolist()) == [0, 1, 2]
+    assert m.num_splits_dynamic[0] > 10 and m.num_m_blocks.tolist() == [1, 1, 1]
+    assert m.num_nheads_in_l2.min() >= 1 and m.tile_count_semaphore.tolist() == [0, 0]
+    assert m.slots_bound <= 4 * 132
+    empty = get_scheduler_metadata(0, 1, 100, 32, 8, 128, device="cpu")
+    assert empty.virtual_batch_idx.shape == (0,) and empty.cu_total_m_blocks.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": -1}, "batch_size: got -1"),
+        ({"batch_size": 40000}, "seqused_k: got"),
+        ({"num_heads": 3}, "num_heads: got 3"),
+        ({"num_splits": 257}, "num_splits: got 257"),
+        ({"num_splits": True}, "num_splits: got True"),
+        ({"seqlen_k_per_split": 0}, "seqlen_k_per_split: got 0"),
+        ({"total_q": 5}, "total_q: got 5"),
+        ({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, "total_q: got None"),
+        ({"seqused_q": torch.zeros(3)}, "seqused_q: got torch.float32"),
+        ({"window_size": 3}, "window_size: got 3"),
+        ({"backend": "fast"}, "backend: got 'fast'"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    given = dict(
+        batch_size=3,
+        max_seqlen_q=1,
+        max_seqlen_k=100,
+        num_heads=8,
+        num_heads_kv=2,
+        head_dim=128,
+        seqused_k=torch.zeros(3, dtype=torch.int32),
+    )
+    with pytest.raises((ValueError, TypeError), match=message):
+        get_scheduler_metadata(**given | changes)

@@ -1,0 +1,7 @@
+"""The planning kernel on an emulated Blackwell. Random batches: test_plan_sm90.py, of the same source."""
+
+from tests.emulated.plan_checks import (  # noqa: F401
+    test_batch_sizes,
+    test_every_work_tile_is_handed_out_once,
+    test_no_bit_of_a_plan_depends_on_the_order_of_events,
+)

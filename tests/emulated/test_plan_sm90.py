@@ -1,0 +1,9 @@
+"""The planning kernel on an emulated Hopper: pytest --emulate sm_90a tests/emulated/test_plan_sm90.py"""
+
+from tests.emulated.plan_checks import (  # noqa: F401
+    test_batch_sizes,
+    test_decode_batches_equal_the_specification,
+    test_every_work_tile_is_handed_out_once,
+    test_no_bit_of_a_plan_depends_on_the_order_of_events,
+    test_packed_batches_equal_the_specification,
+)
