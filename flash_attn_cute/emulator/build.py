@@ -38,7 +38,7 @@ def shared_library(name: str, sources: Sequence[Path], flags: Iterable[str] = DE
     compiler = find_compiler()
     command = [*compiler, *_ALWAYS, *flags]
     library = f"lib{name}-{_digest(command, sources)}.so"
-    target = _directory() / library
+    target = cache_directory() / library
     if not target.exists():
         # Compiled under another name and then renamed: another process sees all of the library or none of it.
         handle, temporary = tempfile.mkstemp(prefix=f".{library}.", suffix=".tmp", dir=target.parent)
@@ -89,22 +89,22 @@ def _digest(command: list[str], sources: Sequence[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _directory() -> Path:
-    """Where libraries are kept; it exists and can be written."""
+def cache_directory(part: str = "") -> Path:
+    """Where the emulator keeps what lasts: libraries, and in parts other things. It exists and can be written."""
     asked = os.environ.get("FLASH_ATTN_CUTE_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     directory = Path(asked).expanduser().absolute() if asked else Path(base, "flash_attn_cute")
-    directory = directory / "emulator"
+    directory = directory / "emulator" / part
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
         return directory
     except OSError:
-        return _private_directory()
+        return _private_directory(part)
 
 
 @functools.cache
-def _private_directory() -> Path:
+def _private_directory(part: str) -> Path:
     """A directory of this process alone; kept alive by the cache and removed at exit."""
     holder = tempfile.TemporaryDirectory(prefix="flash_attn_cute_emulator_")
     _holders.append(holder)

@@ -67,7 +67,7 @@ class Capture:
 
     def __init__(self, library: Path):
         self.host = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        self.modules = Modules()
+        self.modules = Modules(build.cache_directory("ptx"))
         self.memory = Memory(self.host)
         self.device: Device | None = None
         self.execute: Callable[[LaunchRecord], None] | None = None

@@ -1,9 +1,18 @@
-"""Which PTX a loaded binary was made from. Judged by the binary's bytes: kernel names are not unique."""
+"""Which PTX a loaded binary was made from. Judged by the binary's bytes: kernel names are not unique.
+
+Programs keep compiled kernels on disk, and load them without the DSL's knowledge. So the PTX of every binary is kept on
+disk too, by the binary's digest.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import struct
+import tempfile
+import zlib
+from pathlib import Path
 
 from flash_attn_cute.emulator.launch import EmulatorError
 
@@ -11,17 +20,28 @@ _FATBIN_MAGIC = 0xBA55ED50
 _ELF_MAGIC = b"\x7fELF"
 _ELF_HEADER = 64
 _FATBIN_HEADER = 16
+_MOST_FILES = 5000  # some 20 kB each; the newest are kept
 
 
 class Modules:
     """PTX by cubin. Every module that the DSL compiles in this process is added when its compilation finishes."""
 
-    def __init__(self):
+    def __init__(self, directory: Path):
+        self._directory = directory
+        files = sorted(directory.glob("*.ptx.z"), key=lambda path: path.stat().st_mtime)
+        for path in files[:-_MOST_FILES]:
+            path.unlink(missing_ok=True)
         # Cubins that begin with one ELF header: its section table's offset and count all but tell modules apart.
         self._by_header: dict[bytes, dict[bytes, str]] = {}
 
     def add(self, cubin: bytes, ptx: str) -> None:
         self._by_header.setdefault(cubin[:_ELF_HEADER], {})[cubin] = ptx
+        path = self._path(cubin)
+        if not path.exists():
+            handle, temporary = tempfile.mkstemp(dir=self._directory)
+            with os.fdopen(handle, "wb") as file:
+                file.write(zlib.compress(ptx.encode(), 1))
+            os.replace(temporary, path)  # another process sees all of it or nothing
 
     def find(self, image: bytes) -> str:
         """The PTX of the cubin that `image`, a cubin or a fatbin, holds."""
@@ -30,11 +50,25 @@ class Modules:
             for cubin, ptx in self._by_header.get(image[start : start + _ELF_HEADER], {}).items():
                 if image.startswith(cubin, start):
                     return ptx
+            kept = self._from_disk(image, start)
+            if kept is not None:
+                return kept
             start = image.find(_ELF_MAGIC, start + 1)
         raise EmulatorError(
             f"a binary of {len(image)} bytes was loaded whose PTX is not known: the emulator runs kernels that the DSL "
-            "compiles in this process, not ones from a file or from another tool"
+            "compiled in the emulator, now or earlier, not ones from elsewhere. If the program keeps compiled kernels "
+            "on disk, remove those"
         )
+
+    def _from_disk(self, image: bytes, start: int) -> str | None:
+        head = image[start : start + _ELF_HEADER]
+        if len(head) < _ELF_HEADER:
+            return None
+        path = self._path(image[start : start + _elf_size(head)])
+        return zlib.decompress(path.read_bytes()).decode() if path.exists() else None
+
+    def _path(self, cubin: bytes) -> Path:
+        return self._directory / f"{hashlib.sha256(cubin).hexdigest()[:32]}.ptx.z"
 
 
 def read_image(address: int) -> bytes:

@@ -63,6 +63,7 @@ class Scope:
     number: int
     registers: dict[str, str] = field(default_factory=dict)  # name -> type, e.g. "b32"
     families: list[tuple[str, int, str]] = field(default_factory=list)  # `%r<10>`: prefix, count, type
+    vectors: dict[str, Vector] = field(default_factory=dict)  # `.v4` registers: name -> the registers of its parts
     labels: dict[str, int] = field(default_factory=dict)  # name -> index of the next instruction
 
     def find_register(self, name: str) -> tuple[Scope, str] | None:
@@ -75,6 +76,14 @@ class Scope:
                 suffix = name[len(prefix) :]
                 if name.startswith(prefix) and suffix.isdigit() and int(suffix) < count:
                     return scope, kind
+            scope = scope.parent
+        return None
+
+    def find_vector(self, name: str) -> Vector | None:
+        scope = self
+        while scope is not None:
+            if name in scope.vectors:
+                return scope.vectors[name]
             scope = scope.parent
         return None
 
@@ -376,12 +385,16 @@ def _initial_bytes(text: str, unit: int, kind: str) -> bytes:
 
 
 def _declare_registers(scope: Scope, statement: str, line: int) -> None:
-    found = re.match(r"\.reg\s*(?:\.v\d\s*)?\.(\w+)\s+(.*)$", statement, re.DOTALL)
+    found = re.match(r"\.reg\s*(?:\.v(\d)\s*)?\.(\w+)\s+(.*)$", statement, re.DOTALL)
     if not found:
         raise PtxSyntaxError(f"line {line}: {statement!r}")
-    kind = found[1]
-    for name in found[2].split(","):
+    length, kind = int(found[1] or 0), found[2]
+    for name in found[3].split(","):
         name = name.strip()
+        if length:
+            scope.vectors[name] = Vector(tuple(f"{name}.{part}" for part in "xyzw"[:length]))
+            scope.registers.update(dict.fromkeys(scope.vectors[name].items, kind))
+            continue
         family = re.match(r"(.*)<(\d+)>$", name)
         if family:
             scope.families.append((family[1], int(family[2]), kind))
@@ -400,6 +413,7 @@ def _instruction(statement: str, line: int, scope: Scope) -> Instruction:
         statement = statement[found.end() :]
     parts = statement.split(None, 1)
     operands = tuple(_operand(text) for text in _split(parts[1])) if len(parts) > 1 else ()
+    operands = tuple(scope.find_vector(x) or x if isinstance(x, str) else x for x in operands)
     return Instruction(line, tuple(parts[0].split(".")), operands, guard, negated, scope)
 
 

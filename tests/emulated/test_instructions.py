@@ -607,3 +607,17 @@ def test_stores_and_conversions_take_the_low_part_of_wide_registers():
     st.global.b32 [%a1], %a2; cvt.u32.u16 %r1, %a2; st.global.b32 [%a1+4], %r1; ret; }"""
     launch(ptx, [], [out])
     assert (out == 7 + 3 * np.arange(32)[:, None]).all()
+
+
+def test_vector_registers():
+    a, b, c, d = lanes(
+        """{ .reg .v4 .b32 four; .reg .v2 .b32 two; .shared .align 16 .b8 rows[512]; .reg .b32 row;
+        mov.b32 row, rows; mad.lo.u32 row, %t, 16, row;
+        mov.b32 two.x, %r1; mov.b32 two.y, %r2; mov.b32 four.x, two.y; mov.b32 four.y, two.x;
+        add.u32 four.z, two.x, two.y; mov.b32 four.w, 5;
+        st.shared.v4.b32 [row], four; ld.shared.v4.b32 {%o0, %o1, %o2, %o3}, [row]; }""",
+        U32,
+        V32,
+        outputs=4,
+    )
+    same(np.stack([a, b, c, d]), np.stack([V32, U32, U32 + V32, np.full(32, 5, np.uint32)]))
