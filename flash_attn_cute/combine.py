@@ -1,4 +1,4 @@
-"""The combine kernel: merges the partial results of split sequences into the output.
+"""The combine kernels: `Combine` merges every row it is given, `CombinePlanned` the split sequences of a plan.
 
 One warp takes a row where there are few splits, a whole CTA where there are many; which of the two changes no bit (see
 device/merge_splits.py). A launch is persistent: no more CTAs than fit at once, each walking over rows.
@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
+import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, RowMerger
 from flash_attn_cute.device.search import last_at_most
+from flash_attn_cute.device.seqlens import SeqlenSource, SeqlenTensors
+from flash_attn_cute.tile_scheduler import PlannedWork
 
 WARPS = CHAINS
 THREADS = 32 * WARPS
@@ -99,6 +102,118 @@ class Combine:
                 if is_query:
                     is_query = row - tensors.cu_seqlens[sequence] < tensors.seqused[sequence]
         return Row(batch, row, index % heads, is_query)
+
+
+@dataclass(frozen=True)
+class PlannedCombineSpec:
+    """What is fixed when a kernel is compiled."""
+
+    head_dim_v: int
+    warps_per_row: int
+    qheads_per_tile: int  # query heads of a work tile: those of a KV head where they are packed, otherwise 1
+    rows_per_token: int  # of a work tile; at least qheads_per_tile
+
+    @property
+    def rows_per_cta(self) -> int:
+        return WARPS // self.warps_per_row
+
+
+class PlannedCombineTensors(NamedTuple):
+    """The workspace that the forward kernel filled, and what it left to write."""
+
+    partial: cute.Tensor  # (slots, rows of a work tile, Dv) float32
+    lse_partial: cute.Tensor  # (slots, rows of a work tile) float32
+    out: cute.Tensor  # (total_q, H, Dv) or (B, Sq, H, Dv)
+    lse: cute.Tensor | None  # (H, total_q) or (B, H, Sq) float32
+    cu_seqlens_q: cute.Tensor | None
+    seqused_q: cute.Tensor | None
+    sink: cute.Tensor | None
+    work: PlannedWork
+
+
+class SplitTile(NamedTuple):
+    """A query tile of a head (of a KV head where query heads are packed) that several work tiles computed."""
+
+    batch: Int32
+    m_block: Int32
+    head: Int32
+    num_splits: Int32
+    first_slot: Int32
+
+
+class CombinePlanned:
+    """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, stream)`.
+
+    CTA (x, y) has every grid_x-th split query tile from x on, and of its rows every grid_y-th group from y on. Where
+    the plan split nothing, that is known after one load.
+    """
+
+    def __init__(self, spec: PlannedCombineSpec):
+        self.spec = spec
+
+    @cute.jit
+    def __call__(self, tensors: PlannedCombineTensors, grid_x: Int32, grid_y: Int32, stream: cuda.CUstream):
+        self.kernel(tensors).launch(grid=[grid_x, grid_y, 1], block=[THREADS, 1, 1], stream=stream)
+
+    @cute.kernel
+    def kernel(self, tensors: PlannedCombineTensors):
+        spec = self.spec
+        out = tensors.out
+        packed_q = const_expr(tensors.cu_seqlens_q is not None)
+        source = SeqlenSource(
+            SeqlenTensors(tensors.cu_seqlens_q, None, tensors.seqused_q, None),
+            cute.size(tensors.cu_seqlens_q) - 1 if packed_q else cute.size(out, mode=[0]),
+            cute.size(out, mode=[0 if packed_q else 1]),
+            Int32(0),
+        )
+        heads = cute.size(out, mode=[cute.rank(out) - 2]) // spec.qheads_per_tile
+        num_tiles = tensors.work.summary[0] * heads
+        merger = row_merger(spec.head_dim_v, spec.warps_per_row)
+        row_in_cta = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // spec.warps_per_row
+        step, _, _ = cute.arch.grid_dim()
+        index, _, _ = cute.arch.block_idx()
+        while index < num_tiles:
+            self._merge_tile(tensors, source, merger, self._tile(tensors.work, heads, index), row_in_cta)
+            index = index + step
+
+    @cute.jit
+    def _tile(self, work: PlannedWork, heads: Int32, index: Int32) -> SplitTile:
+        """Split sequences are the first of the plan: the running sum of query tiles numbers their tiles."""
+        sums = work.cu_total_m_blocks
+        sequence = last_at_most(sums, cute.size(work.entries, mode=[0]), index // heads)
+        entry = cute.make_rmem_tensor(4, Int32)
+        cute.autovec_copy(work.entries[sequence, None], entry)
+        batch, m_blocks, splits = entry[0], entry[1], entry[2]
+        local = index - sums[sequence] * heads
+        first_slot = work.cu_total_splits_m_blocks[sequence] * heads + local * splits
+        return SplitTile(batch, local % m_blocks, local // m_blocks, splits, first_slot)
+
+    @cute.jit
+    def _merge_tile(
+        self,
+        tensors: PlannedCombineTensors,
+        source: SeqlenSource,
+        merger: RowMerger,
+        tile: SplitTile,
+        row_in_cta: Int32,
+    ):
+        spec = self.spec
+        group, tokens = spec.qheads_per_tile, cute.size(tensors.partial, mode=[1]) // spec.rows_per_token
+        seqlens = source.of(tile.batch)
+        first_token = tile.m_block * tokens
+        rows = cutlass.min(tokens, seqlens.rows_q - first_token) * group
+        partial = cute.domain_offset((tile.first_slot, 0, 0), tensors.partial)
+        lse_partial = cute.domain_offset((tile.first_slot, 0), tensors.lse_partial)
+        _, step, _ = cute.arch.grid_dim()
+        _, chunk, _ = cute.arch.block_idx()
+        index = chunk * spec.rows_per_cta + row_in_cta
+        while index < rows:
+            token, in_group = first_token + index // group, index % group
+            place = index // group * spec.rows_per_token + in_group
+            batch = Int32(0) if const_expr(tensors.cu_seqlens_q is not None) else tile.batch
+            row = Row(batch, seqlens.offset_q + token, tile.head * group + in_group, token < seqlens.len_q)
+            merge_row(merger, partial[None, place, None], lse_partial[None, place], tile.num_splits, row, tensors)
+            index = index + step * spec.rows_per_cta
 
 
 def row_merger(head_dim_v: int, warps_per_row: int) -> RowMerger:

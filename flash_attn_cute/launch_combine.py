@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
+
+if TYPE_CHECKING:
+    from flash_attn_cute.scheduler_metadata import SchedulerMetadata
 
 MAX_SPLITS = 256
 MAX_ROWS = 2**31 - 2**16  # rows are numbered in int32, and the last step of a grid goes past them
@@ -221,6 +224,20 @@ class CombineKey(NamedTuple):
     warps_per_row: int
 
 
+def fake_tensor(element: Any, *shape: int | None, vectors: bool = False) -> Any:
+    """A tensor at compile time, of any extent where a shape holds None, contiguous in the last dimension alone.
+
+    vectors: its rows start at multiples of four elements, and are moved four at a time.
+    """
+    import cutlass.cute as cute
+
+    divisibility = 4 if vectors else 1
+    strides = [cute.sym_int64(divisibility=divisibility) for _ in shape[:-1]] + [1]
+    shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
+    alignment = element.width // 8 * divisibility
+    return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=alignment)
+
+
 def compile_kernel(key: CombineKey) -> Any:
     """Compiles one kernel for tensors of any size, for the architecture of the key. Needs no GPU."""
     import cutlass
@@ -231,14 +248,6 @@ def compile_kernel(key: CombineKey) -> Any:
 
     types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
 
-    def tensor(element, *shape, vectors=False):
-        # Rows that are read or written as vectors are at least 8 bytes apart in units of 4 elements.
-        divisibility = 4 if vectors else 1
-        strides = [cute.sym_int64(divisibility=divisibility) for _ in shape[:-1]] + [1]
-        shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
-        alignment = element.width // 8 * divisibility
-        return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=alignment)
-
     rows = (None,) * (1 if key.packed else 2)
     splits_rows_heads = (None, *rows, None)
     lse_partial = cute.runtime.make_fake_tensor(
@@ -248,13 +257,13 @@ def compile_kernel(key: CombineKey) -> Any:
         assumed_align=4,
     )
     tensors = CombineTensors(
-        partial=tensor(Float32, None, *rows, None, key.head_dim_v, vectors=True),
+        partial=fake_tensor(Float32, None, *rows, None, key.head_dim_v, vectors=True),
         lse_partial=lse_partial,
-        out=tensor(types[key.out_dtype], *rows, None, key.head_dim_v, vectors=True),
-        lse=tensor(Float32, *rows, None) if key.lse else None,
-        cu_seqlens=tensor(Int32, None) if key.cu_seqlens else None,
-        seqused=tensor(Int32, None) if key.seqused else None,
-        sink=tensor(types[key.sink], None) if key.sink else None,
+        out=fake_tensor(types[key.out_dtype], *rows, None, key.head_dim_v, vectors=True),
+        lse=fake_tensor(Float32, *rows, None) if key.lse else None,
+        cu_seqlens=fake_tensor(Int32, None) if key.cu_seqlens else None,
+        seqused=fake_tensor(Int32, None) if key.seqused else None,
+        sink=fake_tensor(types[key.sink], None) if key.sink else None,
     )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
@@ -306,6 +315,113 @@ def run(call: CombineCall, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor
     if target is not out:
         out.copy_(target)
     return out, lse
+
+
+class PlannedCombineKey(NamedTuple):
+    """Everything that changes the generated code."""
+
+    architecture: str
+    kernel: str
+    out_dtype: str
+    head_dim_v: int
+    packed: bool
+    seqused: bool
+    sink: str | None
+    lse: bool
+    warps_per_row: int
+    qheads_per_tile: int
+    rows_per_token: int
+
+
+class Workspace(NamedTuple):
+    """Where the work tiles of split sequences leave their partial results, by slot (plan.PlannedTile.slot)."""
+
+    out: Tensor  # (slots, rows of a work tile, Dv) float32
+    lse: Tensor  # (slots, rows of a work tile) float32, natural logarithm, -inf where a row saw no key
+
+    @staticmethod
+    def allocate(metadata: SchedulerMetadata, tile_rows: int, head_dim_v: int) -> Workspace:
+        """As large as any plan in these shapes can ask for."""
+        slots, device = metadata.slots_bound, metadata.entries.device
+        out = torch.empty(slots, tile_rows, head_dim_v, dtype=torch.float32, device=device)
+        return Workspace(out, torch.empty(slots, tile_rows, dtype=torch.float32, device=device))
+
+
+def combine_planned(
+    metadata: SchedulerMetadata,
+    workspace: Workspace,
+    out: Tensor,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    seqused_q: Tensor | None,
+    learnable_sink: Tensor | None,
+) -> None:
+    """Merges the partial results of the split sequences of a plan into out and lse; nothing else is touched.
+
+    On the current stream of a CUDA device, behind the forward launch that filled the workspace. out: (total_q, H, Dv)
+    or (B, Sq, H, Dv) with rows at multiples of four elements; lse: (H, total_q) or (B, H, Sq) float32 or None.
+    """
+    if metadata.slots_bound == 0 or out.numel() == 0:
+        return
+    p, device = metadata.parameters, out.device
+    # A head of the plan is split over its slots alone, so this many splits are the most that a row can have.
+    most_splits = min(p.max_splits, metadata.slots_bound // p.heads)
+    key = PlannedCombineKey(
+        architecture_of(device),
+        "combine_planned",
+        _OUT_DTYPES[out.dtype],
+        out.shape[-1],
+        cu_seqlens_q is not None,
+        seqused_q is not None,
+        None if learnable_sink is None else _OUT_DTYPES[learnable_sink.dtype],
+        lse is not None,
+        1 if most_splits <= SPLITS_FOR_ONE_WARP else 4,
+        out.shape[-2] // p.heads,
+        workspace.out.shape[1] // p.tokens_per_tile,
+    )
+    function = cache.get(key, functools.partial(compile_planned_kernel, key))
+    # A split query tile has two slots at least.
+    grid_x = min(metadata.slots_bound // 2, metadata.tiles_bound, _num_sms(device.index))
+    work = (metadata.entries, metadata.cu_total_m_blocks, metadata.cu_total_splits_m_blocks, metadata.summary)
+    function((*workspace, out, lse, cu_seqlens_q, seqused_q, learnable_sink, work), max(grid_x, 1), CTAS_PER_SM)
+
+
+def compile_planned_kernel(key: PlannedCombineKey) -> Any:
+    """Compiles one kernel for tensors of any size, for the architecture of the key. Needs no GPU."""
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass import Float32, Int32
+
+    from flash_attn_cute.combine import CombinePlanned, PlannedCombineSpec, PlannedCombineTensors
+    from flash_attn_cute.tile_scheduler import PlannedWork
+
+    types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
+    rows = (None,) * (1 if key.packed else 2)
+    tensors = PlannedCombineTensors(
+        partial=fake_tensor(Float32, None, None, key.head_dim_v, vectors=True),
+        lse_partial=fake_tensor(Float32, None, None),
+        out=fake_tensor(types[key.out_dtype], *rows, None, key.head_dim_v, vectors=True),
+        lse=fake_tensor(Float32, *rows, None) if key.lse else None,
+        cu_seqlens_q=fake_tensor(Int32, None) if key.packed else None,
+        seqused_q=fake_tensor(Int32, None) if key.seqused else None,
+        sink=fake_tensor(types[key.sink], None) if key.sink else None,
+        work=PlannedWork(
+            fake_tensor(Int32, None, 4, vectors=True),
+            fake_tensor(Int32, None),
+            fake_tensor(Int32, None),
+            fake_tensor(Int32, 4),
+        ),
+    )
+    spec = PlannedCombineSpec(key.head_dim_v, key.warps_per_row, key.qheads_per_tile, key.rows_per_token)
+    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    return cute.compile(
+        CombinePlanned(spec),
+        tensors,
+        Int32(1),
+        Int32(1),
+        stream,
+        options=f"--enable-tvm-ffi --gpu-arch {key.architecture}",
+    )
 
 
 def _run_emulated(call: CombineCall, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flash_attn_cute.launch_combine import Workspace, combine_planned
 from flash_attn_cute.plan import PlanParameters, plan_sequences, work_tiles
+from flash_attn_cute.reference import combine_reference
 from flash_attn_cute.scheduler_metadata import UNBOUNDED, Extents, LengthTensors, plan_batch, sequences_of
 
 # Thousands take minutes: FLASH_ATTN_CUTE_PLAN_EXAMPLES=5000 pytest --emulate sm_90a tests/emulated/test_plan_sm90.py
@@ -161,3 +163,74 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
                 assert (taken[:count] == 1).all() and not taken[count:].any()
                 assert metadata.tile_count_semaphore.tolist() == [0, 0]
     emulation.reschedule("in-order")
+
+
+@pytest.mark.parametrize("packed_heads", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, packed_heads):
+    """A workspace filled as a forward kernel fills it, one partial result a row of a work tile."""
+    tokens, group, heads, dim = 8, 3, 2, 64
+    rows_per_token = 4 if packed_heads else 1
+    lengths_q, lengths_k, used = [20, 1, 9, 0, 5], [40000, 300, 20000, 10, 90000], [17, 1, 9, 0, 5]
+    if not is_packed:
+        lengths_q = [20] * 5
+    # 16 splits at most are merged by a warp, more by a CTA.
+    shape = dict(heads=heads, max_splits=256) if packed_heads else dict(heads=heads * group, max_splits=16)
+    p = parameters(tokens_per_tile=tokens, num_sms=64, **shape)
+    lengths, extents = packed(lengths_q, lengths_k, before=3, behind=2)
+    lengths = lengths._replace(seqused_q=vector(used))
+    if not is_packed:
+        lengths, extents = LengthTensors(None, None, vector(used), vector(lengths_k)), Extents(5, 20, 90000)
+    metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
+    workspace = Workspace.allocate(metadata, tokens * rows_per_token, dim)
+    generator = torch.Generator().manual_seed(1)
+    # Slots and rows that belong to nobody hold NaN.
+    workspace.out.fill_(float("nan"))
+    workspace.lse.fill_(float("nan"))
+    lead = (extents.rows_q,) if is_packed else (5, 20)
+    out = torch.full((*lead, heads * group, dim), -7.0, dtype=torch.bfloat16, device="cuda")
+    lse = torch.full((*lead[:-1], heads * group, lead[-1]), -7.0, device="cuda")
+    sink = torch.randn(heads * group, generator=generator).cuda()
+    expected_out, expected_lse = out.clone(), lse.clone()
+    splits_seen = set()
+    tiles = {}
+    for tile in work_tiles(specification(lengths, extents, p), p.heads, longest_first=True):
+        if tile.num_splits > 1:
+            tiles.setdefault((tile.batch, tile.m_block, tile.head, tile.num_splits), {})[tile.split] = tile.slot
+    for (batch, m_block, head, num_splits), slots in tiles.items():
+        assert sorted(slots) == list(range(num_splits))
+        splits_seen.add(num_splits)
+        for token in range(m_block * tokens, min((m_block + 1) * tokens, lengths_q[batch])):
+            for in_group in range(group if packed_heads else 1):
+                row = (token - m_block * tokens) * rows_per_token + in_group
+                partial = torch.randn(num_splits, 1, 1, dim, generator=generator).cuda()
+                partial_lse = torch.randn(num_splits, 1, 1, generator=generator).cuda()
+                partial_lse[0] = -float("inf")
+                for split, slot in slots.items():
+                    workspace.out[slot, row] = partial[split, 0, 0] if split else float("nan")
+                    workspace.lse[slot, row] = partial_lse[split, 0, 0]
+                q_head = head * group + in_group if packed_heads else head
+                used_here = torch.tensor([token < used[batch]], dtype=torch.int32, device="cuda")
+                cu = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+                merged, merged_lse = combine_reference(partial, partial_lse, cu, used_here, sink[q_head : q_head + 1])
+                place = (int(lengths.cu_seqlens_q[batch]) + token,) if is_packed else (batch, token)
+                expected_out[(*place, q_head)] = merged[0, 0].bfloat16()
+                expected_lse[(*place[:-1], q_head, place[-1])] = merged_lse[0, 0].float()
+    assert len(splits_seen) > 1
+    for schedule in ("in-order", "random", "delayed"):
+        emulation.reschedule(schedule, seed=2)
+        got, got_lse = out.clone(), lse.clone()
+        combine_planned(metadata, workspace, got, got_lse, lengths.cu_seqlens_q, lengths.seqused_q, sink)
+        torch.testing.assert_close(got, expected_out, rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(got_lse, expected_lse, rtol=1e-6, atol=4e-6)
+    emulation.reschedule("in-order")
+
+
+def test_nothing_is_merged_where_nothing_is_split(emulation):
+    lengths, extents = decode([500] * 300)
+    metadata = plan_batch(lengths, extents, parameters(), "cute", torch.device("cuda"))
+    assert metadata.summary[0] == 0
+    workspace = Workspace.allocate(metadata, 32, 64)
+    out = torch.full((300, 1, 8, 64), -7.0, device="cuda")
+    combine_planned(metadata, workspace, out, None, None, None, None)
+    assert (out == -7.0).all()
