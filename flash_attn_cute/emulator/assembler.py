@@ -66,6 +66,7 @@ class Program:
     kernel: str
     code: np.ndarray
     pool: np.ndarray
+    pool_counts: list[int]  # entries of `pool` that each row of `code` has
     constants: np.ndarray
     specials: np.ndarray
     slots: int
@@ -111,6 +112,7 @@ class Assembler:
         self.module, self.entry = module, entry
         self.rows: list[tuple] = []
         self.pool: list[int] = []
+        self.pool_counts: dict[int, int] = {}
         self.slots = 0
         self.slot_of: dict[tuple[int, str], int] = {}
         self.constants: list[tuple[int, int, int]] = []
@@ -338,6 +340,7 @@ class Assembler:
         first = len(self.pool)
         if pool is not None:
             self.pool.extend(pool)
+        self.pool_counts[len(self.rows)] = len(self.pool) - first
         cls = own if cls is None else CLASSES.index(cls)
         self.rows.append((number, how, cls, guard, tuple(slots), first, current.line, sub, target, imm))
         return len(self.rows) - 1
@@ -372,6 +375,7 @@ class Assembler:
             kernel=self.entry.name,
             code=code,
             pool=np.array([*self.pool, -1], np.int32),
+            pool_counts=[self.pool_counts[row] for row in range(len(self.rows))],
             constants=np.array([(s, w, v & (2**64 - 1)) for s, w, v in self.constants], CONSTANT),
             specials=np.array(self.specials, SPECIAL_SLOT),
             slots=self.slots + 1,
@@ -432,7 +436,7 @@ def _find(opcode: tuple[str, ...]) -> Lowering | None:
 
 def assemble(module: Module, entry: Entry) -> Program:
     """The program of one entry."""
-    from . import lower_alu, lower_async, lower_call, lower_memory, lower_tensor  # noqa: F401  (they register themselves)
+    from . import lower_alu, lower_async, lower_call, lower_fences, lower_memory, lower_tensor  # noqa: F401  (they register themselves)
 
     return Assembler(module, entry).assemble()
 

@@ -15,14 +15,13 @@ from . import build
 from .assembler import CORE, INSTRUCTION, Program, assemble
 from .costs import CLASSES, cost, rates
 from .counts import Counts
-from .errors import FAULTS
-from .launch import SCHEDULES, Allocation, EngineOptions, LaunchRecord
+from .errors import FAULTS, EngineError, Race
+from .launch import CHECKS, SCHEDULES, Allocation, EngineOptions, LaunchRecord
 from .ptx import parse
+from .race_tables import RaceTables, race_tables
 from .report import SHARED_ACCESSES, LaunchReport, SharedTraffic, warps_label
 
 MAX_WARPS = 32
-# Bits of Machine.checks, in order. "default" and "all" stand for all of them.
-CHECKS = ("bounds", "uninitialised", "alignment", "barriers", "leaks")
 # -O3 for vector loops; no contraction, so that a product and a sum round as PTX says wherever it is compiled.
 FLAGS = (
     "-O3",
@@ -131,13 +130,6 @@ def sm_count(arch: int) -> int:
     return 148 if 100 <= arch < 120 else 132
 
 
-def check_bits(names: frozenset[str]) -> int:
-    """The core's flags for names of checks; names that other parts answer for are not the engine's to refuse."""
-    if names & {"default", "all"}:
-        return (1 << len(CHECKS)) - 1
-    return sum(1 << bit for bit, name in enumerate(CHECKS) if name in names)
-
-
 class Engine:
     """Runs launch records under one set of options."""
 
@@ -184,6 +176,7 @@ class Engine:
         )
         names = (ctypes.c_char_p * (len(program.unknown) + 1))(*[name.encode() for name in program.unknown], None)
         arch = int("".join(c for c in record.arch.removeprefix("sm_") if c.isdigit()))
+        checks = self.options.check_names()
         geometry = (ctypes.c_uint32 * 9)(*record.grid, *record.block, *record.cluster)
         numbers = (ctypes.c_int64 * 12)(
             len(program.code),
@@ -197,9 +190,10 @@ class Engine:
             self.options.sms or sm_count(arch),
             arch,
             SCHEDULES.index(self.options.schedule),
-            check_bits(self.options.checks),
+            sum(1 << CHECKS.index(name) for name in checks),
         )
-        totals, line = _Totals(), ctypes.c_int32()
+        totals, lines = _Totals(), (ctypes.c_int32 * 2)()
+        tables = race_tables(program) if "races" in checks else RaceTables()
         executed, skipped = _counters(record, program)
         message = ctypes.create_string_buffer(16384)
         started = time.perf_counter()
@@ -213,15 +207,26 @@ class Engine:
             ctypes.byref(totals),
             ctypes.c_void_p(executed.ctypes.data),
             ctypes.c_void_p(skipped.ctypes.data),
+            ctypes.byref(tables),
             message,
             ctypes.c_int64(len(message)),
-            ctypes.byref(line),
+            lines,
         )
         elapsed = time.perf_counter() - started
         if kind:
-            where = f"kernel {record.entry}" + (f", PTX line {line.value}" if line.value else "")
-            raise FAULTS[kind](f"{where}: {message.value.decode(errors='replace')}", record.entry, line.value)
+            raise _error(record, FAULTS[kind], message.value.decode(errors="replace"), *lines)
         return _report(record, Counts.of(program, executed, skipped), totals, elapsed)
+
+
+def _error(record: LaunchRecord, kind: type[EngineError], message: str, line: int, other_line: int) -> EngineError:
+    """With the kernel's name, and the lines of PTX that it is about."""
+    where = f"kernel {record.entry}" + (f", PTX line {line}" if line else "")
+    texts = record.ptx.splitlines()
+    told = [f"\n  PTX line {n}: {texts[n - 1].strip()[:160]}" for n in (line, other_line) if other_line and n]
+    error = kind(f"{where}: {message}{''.join(told)}", record.entry, line)
+    if isinstance(error, Race):
+        error.other_line = other_line
+    return error
 
 
 def _counters(record: LaunchRecord, program: Program) -> np.ndarray:

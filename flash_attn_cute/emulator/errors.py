@@ -53,6 +53,12 @@ class ConvergenceError(EngineError):
     """Lanes that have to be together were not."""
 
 
+class Race(EngineError):
+    """Two accesses conflict and nothing orders them. `other_line` is the PTX line of the one that came first."""
+
+    other_line = 0
+
+
 # In the order of FaultKind in core/machine.h.
 FAULTS = (
     None,
@@ -67,4 +73,5 @@ FAULTS = (
     ConvergenceError,
     UnsupportedForm,
     EngineError,
+    Race,
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 SCHEDULES = ("in-order", "random", "delayed")
+# Bits of Machine.checks, in order. The last is not among the default ones: it takes its time.
+CHECKS = ("bounds", "uninitialised", "alignment", "barriers", "leaks", "races")
+DEFAULT_CHECKS = frozenset(CHECKS) - {"races"}
 
 
 class EmulatorError(Exception):
@@ -48,7 +51,8 @@ class LaunchRecord:
 class EngineOptions:
     """How launches are executed: in which order warps run, on how many SMs at once, and what is checked meanwhile.
 
-    `sms` 0 means as many as the architecture's GPU has. `checks` holds names of checks, or "all", or is empty.
+    `sms` 0 means as many as the architecture's GPU has. `checks` holds names of CHECKS, or "default", or "all", or is
+    empty. Raises ValueError for what is none of these.
     """
 
     schedule: str = "in-order"
@@ -61,3 +65,15 @@ class EngineOptions:
             raise ValueError(f"schedule: got {self.schedule!r}; takes one of {', '.join(SCHEDULES)}")
         if self.sms < 0:
             raise ValueError(f"sms: got {self.sms}; takes a number of SMs, or 0 for the architecture's own")
+        self.check_names()
+
+    def check_names(self) -> frozenset[str]:
+        """The checks that are on, by their own names."""
+        unknown = self.checks - {*CHECKS, "default", "all"}
+        if unknown:
+            known = ", ".join(("default", "all", *CHECKS))
+            raise ValueError(f"checks: got {', '.join(sorted(unknown))}; takes names of {known}")
+        names = self.checks & {*CHECKS}
+        if "all" in self.checks:
+            names |= {*CHECKS}
+        return names | DEFAULT_CHECKS if "default" in self.checks else names

@@ -567,27 +567,19 @@ def warp_barrier(a: Assembler, i: Instruction) -> None:
 
 
 @lowers(
-    "setmaxnreg",
     "prefetch",
     "prefetchu",
     "griddepcontrol",
-    "fence",
-    "membar",
     "discard",
     "applypriority",
     "cp.async.bulk.prefetch",
     "createpolicy",
     "pmevent",
-    "wgmma.fence",
-    "tcgen05.fence::before_thread_sync",
-    "tcgen05.fence::after_thread_sync",
 )
 def nothing(a: Assembler, i: Instruction) -> None:
-    """Orders or hints. One warp runs at a time and every write is seen at once, so there is nothing to do."""
+    """Hints."""
     if i.opcode[0] == "createpolicy":
         a.emit("mov_b64", [a.reg(i.operands[0], 2), a.constant(0, 2)])
-    elif i.opcode[0] in ("fence", "membar") or any(part.startswith("fence") for part in i.opcode):
-        a.emit("nop", cls="barrier")
     elif "prefetch" in i.opcode or i.opcode[0] in ("prefetchu", "discard", "applypriority"):
         a.emit("nop", cls="memory")
     else:

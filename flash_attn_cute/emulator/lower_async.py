@@ -40,8 +40,8 @@ def mbarrier_arrive(a: Assembler, i: Instruction) -> None:
         expected = a.reg(value[0])
     elif value:
         count = a.reg(value[0])
-    drop = i.opcode[1] == "arrive_drop"
-    a.emit("mbarrier_arrive", [state, slot, count, expected], sub=int(drop) | flag, imm=offset)
+    sub = (i.opcode[1] == "arrive_drop") | ("relaxed" in i.opcode) << 3 | flag
+    a.emit("mbarrier_arrive", [state, slot, count, expected], sub=sub, imm=offset)
 
 
 @lowers("mbarrier.expect_tx", "mbarrier.complete_tx")
@@ -57,7 +57,7 @@ def mbarrier_wait(a: Assembler, i: Instruction) -> None:
     d, where, phase, *_ = i.operands
     slot, offset, flag = address_slots(a, where)
     parity = "parity" in i.opcode
-    sub = int(parity) | (i.opcode[1] == "try_wait") << 1 | flag
+    sub = int(parity) | (i.opcode[1] == "try_wait") << 1 | ("relaxed" in i.opcode) << 2 | flag
     a.emit("mbarrier_wait", [a.reg(d), slot, a.reg(phase, 1 if parity else 2)], sub=sub, imm=offset)
 
 
@@ -89,7 +89,8 @@ def named_barrier(a: Assembler, i: Instruction) -> None:
 
 @lowers("barrier.cluster")
 def cluster_barrier(a: Assembler, i: Instruction) -> None:
-    a.emit("cluster_barrier", sub=(i.opcode[2] == "wait") | ("aligned" in i.opcode) << 1)
+    sub = (i.opcode[2] == "wait") | ("aligned" in i.opcode) << 1 | ("relaxed" in i.opcode) << 2
+    a.emit("cluster_barrier", sub=sub)
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def wait(a: Assembler, i: Instruction) -> None:
     if "wait_all" in i.opcode:
         a.emit("async_commit", sub=kind)
     count = parse_immediate(i.operands[0]) if i.operands else 0
-    a.emit("async_wait", sub=kind, imm=count)
+    a.emit("async_wait", sub=kind | ("read" in i.opcode) << 8, imm=count)
 
 
 def _group_kind(i: Instruction) -> int:

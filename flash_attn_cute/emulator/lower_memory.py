@@ -35,6 +35,22 @@ def element(opcode: tuple[str, ...]) -> tuple[str, int, int]:
     return letters, TYPE_LOG2[bits], count
 
 
+SCOPES = {"cta": 0, "cluster": 1, "gpu": 2, "sys": 2}
+
+
+def memory_order(opcode: tuple[str, ...]) -> int:
+    """What the race check wants to know of a strong access: 1 where it acquires, 2 where it releases, scope << 2."""
+    acquires = "acquire" in opcode or "acq_rel" in opcode
+    releases = "release" in opcode or "acq_rel" in opcode
+    scope = next((SCOPES[part] for part in opcode if part in SCOPES), SCOPES["gpu"])
+    return acquires | releases << 1 | scope << 2
+
+
+def strong(opcode: tuple[str, ...]) -> int:
+    """The bits of `sub` for a load or store that orders others, or that others may meet without a race."""
+    return 1 | memory_order(opcode) << 1 if {"relaxed", "acquire", "release", "volatile", "mmio"} & {*opcode} else 0
+
+
 def address_slots(a: Assembler, operand: Address) -> tuple[int, int, int]:
     """(slot, offset, flag): the flag goes into `sub`."""
     slot, offset, wide = a.address(operand)
@@ -53,7 +69,7 @@ def load(a: Assembler, i: Instruction) -> None:
     slots = [-1 if x == "_" else a.reg(x, width) for x in items]
     slot, offset, flag = address_slots(a, source)
     sub = log2 | count << 4 | (letters == "s") << 8 | space << 9 | (width == 2) << 12 | (kind == "b16") << 13 | flag
-    sub |= any(part.split("::")[0] in ("param", "const") for part in i.opcode) << 15
+    sub |= any(part.split("::")[0] in ("param", "const") for part in i.opcode) << 15 | strong(i.opcode) << 16
     a.emit("ld", [slot], sub=sub, imm=offset, pool=slots)
 
 
@@ -80,7 +96,7 @@ def store(a: Assembler, i: Instruction) -> None:
     where, value = i.operands[0], i.operands[1]
     width = {3: 2, 4: 4}.get(log2, 1)
     slot, offset, flag = address_slots(a, where)
-    sub = log2 | count << 4 | space_at(a, i, where) << 9 | flag
+    sub = log2 | count << 4 | space_at(a, i, where) << 9 | strong(i.opcode) << 16 | flag
     registers = a.vector(value, width)
     if log2 < 3:
         items = value.items if isinstance(value, Vector) else (value,)
@@ -124,6 +140,7 @@ def atomic(a: Assembler, i: Instruction) -> None:
     where, value, *rest = operands
     slot, offset, flag = address_slots(a, where)
     sub = OPERATIONS.index(operation) | kind << 4 | log2 << 8 | space_of(i.opcode) << 12 | count << 16 | flag
+    sub |= memory_order(i.opcode) << 20
     other = a.reg(rest[0], width) if operation == "cas" else -1
     a.emit("atom", [-1, slot, -1, other], sub=sub, imm=offset, pool=[*a.vector(value, width), *results])
 

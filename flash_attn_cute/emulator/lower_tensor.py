@@ -98,12 +98,6 @@ def tcgen05_relinquish(a: Assembler, i: Instruction) -> None:
     a.emit("tcgen05_relinquish")
 
 
-@lowers("tcgen05.wait::ld", "tcgen05.wait::st")
-def tcgen05_wait(a: Assembler, i: Instruction) -> None:
-    """Loads and stores of tensor memory are complete where they are issued."""
-    a.emit("nop", cls="barrier")
-
-
 SHAPES = ("32x32b", "16x64b", "16x128b", "16x256b", "16x32bx2")
 
 

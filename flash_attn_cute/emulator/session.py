@@ -43,6 +43,18 @@ class Session:
         self.options = dataclasses.replace(self.options, schedule=schedule, seed=seed)
         self._engine = None
 
+    @contextlib.contextmanager
+    def without(self, check: str) -> Iterator[None]:
+        """Leave out one check in the launches inside the block."""
+        before = self.options
+        self.options = dataclasses.replace(before, checks=before.check_names() - {check})
+        self._engine = None
+        try:
+            yield
+        finally:
+            self.options = dataclasses.replace(self.options, checks=before.checks)
+            self._engine = None
+
     def execute(self, record: LaunchRecord) -> None:
         """Runs one launch to its end. Called for every launch of the program; replace it to look at records instead."""
         if self._engine is None:

@@ -8,16 +8,28 @@
 #include <stdlib.h>
 #include <string.h>
 
+static void run(Machine *m, AsyncOp *op)
+{
+    if (m->races)
+        race_run(m, op);
+    op->run(m, op);
+    if (m->races)
+        race_ran(op);
+    m->progress++;
+}
+
 void async_issue(Machine *m, const AsyncOp *op)
 {
-    if (m->schedule == SCHEDULE_IN_ORDER || (m->schedule == SCHEDULE_RANDOM && !op->stream && machine_random(m, 2))) {
-        AsyncOp now = *op;
-        now.run(m, &now);
-        m->progress++;
+    int at_once = m->schedule == SCHEDULE_IN_ORDER || (m->schedule == SCHEDULE_RANDOM && !op->stream && machine_random(m, 2));
+    AsyncOp now = *op;
+    if (m->races)
+        race_issue(&now, !at_once);
+    if (at_once) {
+        run(m, &now);
         return;
     }
     AsyncOp *later = malloc(sizeof *later);
-    *later = *op;
+    *later = now;
     later->next = NULL;
     later->group = -1;
     *m->pending_tail = later;
@@ -35,8 +47,7 @@ static void run_at(Machine *m, AsyncOp **link)
     m->pending_count--;
     AsyncOp now = *op;
     free(op); /* before it runs: an error leaves by longjmp */
-    now.run(m, &now);
-    m->progress++;
+    run(m, &now);
 }
 
 /* Runs one queued operation that has no earlier one in its stream; 0 where none is queued. */
@@ -79,6 +90,8 @@ void async_commit_group(Warp *w, AsyncKind kind, uint32_t lanes)
             op->group = w->commits[kind][op->lane];
     for (uint32_t left = lanes; left; left &= left - 1)
         w->commits[kind][__builtin_ctz(left)]++;
+    if (w->machine->races)
+        race_commit_group(w, kind, lanes);
 }
 
 /* How many groups are not complete, counted from the oldest that is not: the most of any lane. */
@@ -93,16 +106,22 @@ int async_pending_groups(Warp *w, AsyncKind kind, uint32_t lanes)
     return most;
 }
 
-/* Waits and commits. sub: kind. imm: groups that may stay pending. */
+/* Waits and commits. sub: kind | it only waits until sources are read << 8. imm: groups that may stay pending. */
 void op_async_commit(Warp *w, const Instr *in, uint32_t mask)
 {
+    if (in->sub == ASYNC_WGMMA && !require_lanes(w, FULL_MASK))
+        return;
     async_commit_group(w, (AsyncKind)in->sub, in->sub == ASYNC_WGMMA ? 1 : mask);
 }
 
 void op_async_wait(Warp *w, const Instr *in, uint32_t mask)
 {
-    UNUSED(mask);
     static const WaitKind waits[] = {[ASYNC_TMA_STORE] = WAIT_BULK, [ASYNC_WGMMA] = WAIT_WGMMA, [ASYNC_CP] = WAIT_CP_ASYNC};
-    if (w->machine->pending && async_pending_groups(w, (AsyncKind)in->sub, in->sub == ASYNC_WGMMA ? 1 : w->mask) > in->imm)
-        warp_block(w, waits[in->sub], (uint32_t)in->imm, 0);
+    AsyncKind kind = (AsyncKind)(in->sub & 255);
+    if (kind == ASYNC_WGMMA && !require_lanes(w, FULL_MASK))
+        return;
+    if (w->machine->pending && async_pending_groups(w, kind, kind == ASYNC_WGMMA ? 1 : w->mask) > in->imm)
+        warp_block(w, waits[kind], (uint32_t)in->imm, 0);
+    if (w->machine->races) /* the lanes do nothing else before the wait is over */
+        race_wait_group(w, kind, mask, (int)in->imm, (int)(in->sub >> 8));
 }

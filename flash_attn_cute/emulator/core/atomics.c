@@ -59,12 +59,14 @@ uint64_t atomic_combine(uint32_t what, uint32_t type, int bytes, uint64_t old, u
 }
 
 /* r: d (-1: red), address, value, other (cas), all lists of `count` values when vectors. sub: operation | type << 4 |
- * log2(bytes) << 8 | space << 12 | count << 16 */
+ * log2(bytes) << 8 | space << 12 | count << 16 | acquires << 20 | releases << 21 | scope << 22 */
 void op_atom(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t what = in->sub & 15, type = (in->sub >> 4) & 15, bytes = 1u << ((in->sub >> 8) & 15);
     uint32_t space = (in->sub >> 12) & 7, count = (in->sub >> 16) & 15;
     const int32_t *values = w->machine->program.pool + in->pool, *results = values + count;
+    if (w->machine->races)
+        race_begin_warp(w, in, mask);
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         uint64_t address = (in->sub & ADDRESS_WIDE ? R64(1)[i] : R32(1)[i]) + (uint64_t)in->imm;
@@ -82,6 +84,11 @@ void op_atom(Warp *w, const Instr *in, uint32_t mask)
         if (space != SPACE_SHARED && address < SHARED_WINDOW) {
             w->machine->totals.global_load_bytes += results[0] >= 0 ? size : 0;
             w->machine->totals.global_store_bytes += size;
+        }
+        if (w->machine->races) {
+            uint64_t place = space == SPACE_SHARED ? SHARED_WINDOW | (uint32_t)address : address;
+            race_touch(w, place, size, i, TOUCH_WRITE | TOUCH_STRONG | (in->sub >> 22 & 3) << TOUCH_SCOPE_SHIFT);
+            race_order(w, i, place, in->sub >> 20 & 15, 1, 1);
         }
         for (uint32_t k = 0; k < count; k++, where += bytes) {
             uint64_t old = 0, value = bytes == 8 ? lanes64(w, values[k])[i] : lanes32(w, values[k])[i];

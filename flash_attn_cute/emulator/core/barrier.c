@@ -44,11 +44,14 @@ static uint64_t *state_at(Machine *m, int32_t line, Cta *cta, uint32_t offset)
     return (uint64_t *)(cta->shared + offset);
 }
 
-static void store(Machine *m, uint64_t *where, Mbarrier b)
+static void store(Machine *m, Cta *cta, uint32_t offset, Mbarrier b)
 {
+    uint64_t *where = (uint64_t *)(cta->shared + offset);
     if (b.pending == 0 && b.tx == 0) {
         b.pending = b.count;
         b.parity ^= 1;
+        if (m->races)
+            race_mbarrier_passed(cta, offset);
     }
     m->progress++;
     *where = pack(b);
@@ -63,7 +66,7 @@ void mbarrier_complete_tx(Machine *m, int32_t line, Cta *cta, uint32_t offset, i
         machine_fault(m, FAULT_BARRIER, line, "mbarrier at shared address 0x%x: %lld bytes outstanding, past what it can count",
                       offset, (long long)tx);
     b.tx = (int32_t)tx;
-    store(m, where, b);
+    store(m, cta, offset, b);
 }
 
 void mbarrier_arrive(Machine *m, int32_t line, Cta *cta, uint32_t offset, uint32_t count)
@@ -75,7 +78,7 @@ void mbarrier_arrive(Machine *m, int32_t line, Cta *cta, uint32_t offset, uint32
                       "mbarrier at shared address 0x%x of CTA rank %d: %u more arrivals where %u of %u are pending", offset,
                       cta->rank, count, b.pending, b.count);
     b.pending -= count;
-    store(m, where, b);
+    store(m, cta, offset, b);
 }
 
 static uint32_t address_of(Warp *w, const Instr *in, int operand, int lane)
@@ -91,7 +94,8 @@ void op_mbarrier_init(Warp *w, const Instr *in, uint32_t mask)
               if (address & 7) fault(w, in, FAULT_MISALIGNED, "mbarrier at shared address 0x%x is not 8-byte aligned", address);
               uint8_t *bytes = shared_write(w, in, address, 8);
               Mbarrier b = {count, count, 0, 0}; uint64_t state = pack(b); memcpy(bytes, &state, 8);
-              Cta *cta = shared_owner(w, in, address); memset(cta->shadow + (address & SHARED_OFFSET_MASK), 2, 8));
+              Cta *cta = shared_owner(w, in, address); memset(cta->shadow + (address & SHARED_OFFSET_MASK), 2, 8);
+              if (w->machine->races) race_mbarrier_init(w, in, i, cta, address & SHARED_OFFSET_MASK));
 }
 
 void op_mbarrier_inval(Warp *w, const Instr *in, uint32_t mask)
@@ -101,16 +105,31 @@ void op_mbarrier_inval(Warp *w, const Instr *in, uint32_t mask)
               memset(cta->shadow + (address & SHARED_OFFSET_MASK), 1, 8));
 }
 
+/* The lanes whose barrier is this lane's too: what they do at it, they do together. */
+static uint32_t same_barrier(Warp *w, const Instr *in, uint32_t mask, int lane)
+{
+    uint32_t out = 0, address = address_of(w, in, 1, lane);
+    for (uint32_t left = mask; left; left &= left - 1)
+        out |= address_of(w, in, 1, __builtin_ctz(left)) == address ? left & -left : 0;
+    return out;
+}
+
 /* r: state (-1 where not wanted), address, count (-1: one), bytes expected (-1: none). sub bit 0: drop; bit 1: no arrival, the
- * bytes only; bit 2: the bytes complete instead of being expected. */
+ * bytes only; bit 2: the bytes complete instead of being expected; bit 3: relaxed. */
 void op_mbarrier_arrive(Warp *w, const Instr *in, uint32_t mask)
 {
     Machine *m = w->machine;
+    uint32_t told = m->races ? 0 : mask; /* lanes whose arrival the race check knows */
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         uint32_t address = address_of(w, in, 1, i), offset = address & SHARED_OFFSET_MASK;
         Cta *cta = shared_owner(w, in, address);
         uint64_t *where = state_at(m, in->line, cta, offset);
+        if (!(told >> i & 1)) {
+            uint32_t together = same_barrier(w, in, mask, i);
+            race_mbarrier_arrive(w, in, together, cta, offset, !(in->sub & 10));
+            told |= together;
+        }
         if (in->r[0] >= 0)
             R64(0)[i] = *where;
         if (in->r[3] >= 0 && !(in->sub & 2)) {
@@ -138,11 +157,11 @@ void op_mbarrier_arrive(Warp *w, const Instr *in, uint32_t mask)
     }
 }
 
-/* r: result, address, parity or state. sub bit 0: by parity, bit 1: try_wait (may fail for no reason) */
+/* r: result, address, parity or state. sub bit 0: by parity, bit 1: try_wait (may fail for no reason), bit 2: relaxed */
 void op_mbarrier_wait(Warp *w, const Instr *in, uint32_t mask)
 {
     Machine *m = w->machine;
-    uint32_t *d = R32(0);
+    uint32_t *d = R32(0), passed = 0;
     int failed = 0;
     if ((in->sub & 2) && m->schedule != SCHEDULE_IN_ORDER && machine_random(m, 8) == 0) {
         FOR_LANES(d[i] = 0);
@@ -156,12 +175,19 @@ void op_mbarrier_wait(Warp *w, const Instr *in, uint32_t mask)
         Mbarrier b = unpack(*state_at(m, in->line, cta, offset));
         uint32_t parity = in->sub & 1 ? R32(2)[i] & 1 : unpack(R64(2)[i]).parity;
         d[i] = b.parity != parity ? ~0u : 0;
+        passed |= b.parity != parity ? 1u << i : 0;
         if (b.parity == parity) {
             failed = 1;
             w->last_wait_line = in->line;
             w->last_wait_address = address;
             w->last_wait_phase = parity;
         }
+    }
+    for (uint32_t left = m->races ? passed : 0; left;) {
+        int i = __builtin_ctz(left);
+        uint32_t address = address_of(w, in, 1, i), together = same_barrier(w, in, passed, i);
+        race_mbarrier_waited(w, in, together, shared_owner(w, in, address), address & SHARED_OFFSET_MASK, !(in->sub & 4));
+        left &= ~together;
     }
     if (failed)
         w->event = EVENT_YIELD;
@@ -232,6 +258,11 @@ void op_bar(Warp *w, const Instr *in, uint32_t mask)
         fault(w, in, FAULT_BARRIER, "named barrier %u: %d threads arrived where %d are expected", number, b->arrived, b->expected);
     uint32_t phase = b->phase;
     w->machine->progress++;
+    if (w->machine->races) {
+        race_named_arrive(w, mask, number);
+        if (b->arrived == b->expected)
+            race_named_complete(w, mask, number, !(in->sub & 1));
+    }
     if (b->arrived == b->expected)
         complete(w->machine, b);
     else if (!(in->sub & 1))
@@ -252,11 +283,13 @@ static void check_cluster(Cluster *cluster)
     if (cluster->cluster_arrived && cluster->cluster_arrived >= cluster->live_threads) {
         cluster->cluster_arrived = 0;
         cluster->cluster_phase++;
+        if (cluster->ctas[0].machine->races)
+            race_cluster_complete(cluster);
         cluster->ctas[0].machine->progress++;
     }
 }
 
-/* sub 0 arrive, 1 wait; bit 1: the warp must be whole */
+/* sub 0 arrive, 1 wait; bit 1: the warp must be whole; bit 2: relaxed */
 void op_cluster_barrier(Warp *w, const Instr *in, uint32_t mask)
 {
     if ((in->sub & 2) && !require_lanes(w, w->live))
@@ -265,11 +298,15 @@ void op_cluster_barrier(Warp *w, const Instr *in, uint32_t mask)
     if (in->sub & 1) {
         if (w->cluster_arrived == (int32_t)cluster->cluster_phase)
             warp_block(w, WAIT_CLUSTER, 0, cluster->cluster_phase);
+        else if (w->machine->races)
+            race_cluster_wait(w, mask);
         return;
     }
     w->cluster_arrived = (int32_t)cluster->cluster_phase;
     cluster->cluster_arrived += (int32_t)arriving(w, mask);
     w->machine->progress++;
+    if (w->machine->races)
+        race_cluster_arrive(w, mask, !(in->sub & 4));
     check_cluster(cluster);
 }
 
@@ -300,7 +337,11 @@ int fragment_ready(Warp *w, Fragment *f)
         for (int i = 0; i < w->fragment_count; i++)
             if (w->fragments[i].wait == WAIT_WARP)
                 here |= w->fragments[i].mask;
-        return ((f->value & w->live) & ~here) == 0;
+        if ((f->value & w->live) & ~here)
+            return 0;
+        if (w->machine->races)
+            race_warp_sync(w, f->value & w->live);
+        return 1;
     }
     }
     return 1;

@@ -24,6 +24,10 @@ static void run_cancel(Machine *m, AsyncOp *op)
         uint32_t offset = address & SHARED_OFFSET_MASK;
         if (offset < SHARED_FIRST || offset + 16 > cta->shared_bytes || (offset & 15))
             machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "the answer's shared address 0x%x", address);
+        if (m->races) {
+            race_on_barrier(m, cta, barrier & SHARED_OFFSET_MASK);
+            race_touch_shared(m, cta, offset, 16, LANE_NONE, TOUCH_WRITE | TOUCH_ASYNC);
+        }
         memcpy(cta->shared + offset, answer, 16);
         shared_mark(cta, offset, 16);
         mbarrier_complete_tx(m, op->in->line, cta, barrier & SHARED_OFFSET_MASK, 16);

@@ -8,12 +8,16 @@
 /* args: shared address, global address, bytes, bytes to read */
 static void run_copy(Machine *m, AsyncOp *op)
 {
-    UNUSED(m);
     uint32_t size = (uint32_t)op->args[2], read = (uint32_t)op->args[3];
     uint8_t *to = shared_write(op->warp, op->in, (uint32_t)op->args[0], size);
     memset(to, 0, size);
     if (read)
         memcpy(to, global_span(op->warp, op->in, op->args[1], read, 0), read);
+    if (m->races) { /* cp.async belongs to the generic proxy */
+        race_touch(op->warp, SHARED_WINDOW | (uint32_t)op->args[0], size, LANE_NONE, TOUCH_WRITE);
+        if (read)
+            race_touch(op->warp, op->args[1], read, LANE_NONE, 0);
+    }
 }
 
 /* r: shared address, global address, source size (-1: all). sub: bytes | the source is ignored where r[3] holds */
@@ -38,7 +42,10 @@ void op_cp_async(Warp *w, const Instr *in, uint32_t mask)
 static void run_arrive(Machine *m, AsyncOp *op)
 {
     uint32_t address = (uint32_t)op->args[0];
-    mbarrier_arrive(m, op->in->line, shared_owner(op->warp, op->in, address), address & SHARED_OFFSET_MASK, 1);
+    Cta *cta = shared_owner(op->warp, op->in, address);
+    if (m->races)
+        race_bring(m, op, cta, address & SHARED_OFFSET_MASK);
+    mbarrier_arrive(m, op->in->line, cta, address & SHARED_OFFSET_MASK, 1);
 }
 
 /* cp.async.mbarrier.arrive.noinc: an arrival once the thread's copies so far are complete. Without noinc the pending count

@@ -8,7 +8,8 @@
  * shared bytes, resident CTAs, architecture, schedule, checks */
 int engine_launch(const Instr *code, const int32_t *pool, const Constant *constants, const SpecialSlot *specials,
                   const char *const *names, const Allocation *allocations, const uint32_t geometry[9], const int64_t numbers[12],
-                  uint64_t seed, Totals *totals, int64_t *executed, int64_t *skipped, char *message, int64_t message_size, int32_t *line)
+                  uint64_t seed, Totals *totals, int64_t *executed, int64_t *skipped, const RaceTables *tables, char *message,
+                  int64_t message_size, int32_t lines[2])
 {
     Machine *m = calloc(1, sizeof *m);
     m->program = (Program){.code = code, .length = (int32_t)numbers[0], .pool = pool, .constants = constants,
@@ -32,9 +33,12 @@ int engine_launch(const Instr *code, const int32_t *pool, const Constant *consta
     m->cluster_count = (int64_t)m->grid[0] * m->grid[1] * m->grid[2] / size;
     int64_t resident = (m->sms + size - 1) / size;
     m->resident = (int32_t)(resident < m->cluster_count ? resident : m->cluster_count);
+    if (m->checks & CHECK_RACES)
+        race_create(m, tables);
     int fault = engine_run(m);
     *totals = m->totals;
-    *line = m->fault_line;
+    lines[0] = m->fault_line;
+    lines[1] = m->other_line;
     strncpy(message, m->message, (size_t)message_size - 1);
     message[message_size - 1] = 0;
     free(m);

@@ -117,6 +117,7 @@ typedef struct Warp {
     uint32_t last_wait_address, last_wait_phase;
     int32_t commits[ASYNC_KINDS][LANES]; /* groups committed so far, by kind and thread */
     int64_t *executed, *skipped; /* of Machine, the rows of this warp's index */
+    struct RaceWarp *race;       /* NULL without a race check, as in the structures below */
 } Warp;
 
 typedef struct {
@@ -138,6 +139,7 @@ typedef struct Cta {
     Warp *warps;
     int32_t warp_count, live_warps;
     NamedBarrier barriers[NAMED_BARRIERS];
+    struct RaceCta *race;
 } Cta;
 
 typedef struct Cluster {
@@ -150,17 +152,18 @@ typedef struct Cluster {
     int32_t cluster_arrived; /* threads */
     int32_t live_threads;
     int64_t index;
+    struct RaceCluster *race;
 } Cluster;
 
 typedef enum { EVENT_NONE, EVENT_YIELD, EVENT_SWITCH, EVENT_EXIT } Event;
 
 typedef enum {
     FAULT_NONE, FAULT_UNKNOWN_INSTRUCTION, FAULT_OUT_OF_BOUNDS, FAULT_MISALIGNED, FAULT_UNINITIALISED,
-    FAULT_BARRIER, FAULT_DEADLOCK, FAULT_LEAK, FAULT_TRAP, FAULT_CONVERGENCE, FAULT_UNSUPPORTED, FAULT_INTERNAL
+    FAULT_BARRIER, FAULT_DEADLOCK, FAULT_LEAK, FAULT_TRAP, FAULT_CONVERGENCE, FAULT_UNSUPPORTED, FAULT_INTERNAL, FAULT_RACE
 } FaultKind;
 
 typedef enum { SCHEDULE_IN_ORDER, SCHEDULE_RANDOM, SCHEDULE_DELAYED } Schedule;
-enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16 };
+enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16, CHECK_RACES = 32 };
 
 /* Accesses to shared memory by warps: instructions, wavefronts that they took, and how many of those to conflicts of banks. */
 typedef enum { SHARED_LOAD, SHARED_STORE, SHARED_LDMATRIX, SHARED_STMATRIX, SHARED_ACCESSES } SharedAccess;
@@ -199,7 +202,8 @@ typedef struct Machine {
     int64_t *executed, *skipped;
     jmp_buf escape;
     FaultKind fault;
-    int32_t fault_line;
+    int32_t fault_line, other_line; /* other: of the access that a race is with */
+    struct Races *races;            /* NULL without a race check */
     char message[16384];
 } Machine;
 
@@ -287,6 +291,9 @@ uint32_t machine_random(Machine *m, uint32_t below);
 int launch_next(Machine *m, int slot);
 int engine_run(Machine *m);
 
+/* What somebody knows of an actor (races.h): everything that all its lanes did up to `all`, and what `lanes` did up to `some`. */
+typedef struct Known { uint32_t all, some, lanes; } Known;
+
 /* async.c */
 typedef struct AsyncOp {
     struct AsyncOp *next;
@@ -300,6 +307,9 @@ typedef struct AsyncOp {
     void (*run)(Machine *m, struct AsyncOp *op);
     uint64_t args[10];
     uint32_t words[24];
+    uint32_t race_clock;    /* its number among those of its unit */
+    Known race_self;        /* what the issuing lane knows of its warp */
+    struct View *race_view; /* what it knows beside, where it runs later; NULL: what its warp knows */
 } AsyncOp;
 void async_issue(Machine *m, const AsyncOp *op);
 int async_run_one(Machine *m);
@@ -353,5 +363,51 @@ uint8_t float_to_e4m3(float f);
 uint8_t float_to_e5m2(float f);
 
 extern const Handler handlers[];
+
+/* The race check's hooks: races.h explains it. Call them only where Machine.races is set. */
+enum { TOUCH_WRITE = 1, TOUCH_STRONG = 2, TOUCH_ASYNC = 4, TOUCH_TENSOR = 8, TOUCH_SCOPE_SHIFT = 4 };
+enum { SCOPE_CTA, SCOPE_CLUSTER, SCOPE_GPU };
+enum { LANE_NONE = -1, LANE_WARP = -2 }; /* instead of a lane: an asynchronous operation; the warp as a whole */
+typedef enum {
+    FENCE_WARP, FENCE_PROXY_ASYNC, FENCE_MEMORY, FENCE_MBARRIER_INIT, FENCE_WGMMA, FENCE_TENSOR_BEFORE, FENCE_TENSOR_AFTER,
+    FENCE_TENSOR_LOADS, FENCE_TENSOR_STORES
+} FenceKind;
+
+/* Which registers of wgmma and tcgen05.ld each instruction names (engine.py), and which fences of tcgen05 the kernel uses at all. */
+typedef struct { const int32_t *ordinary, *asynchronous, *list; int32_t count, before_fences, after_fences; } RaceTables;
+
+void race_create(Machine *m, const RaceTables *tables);
+void race_destroy(Machine *m);
+void race_start_cluster(Cluster *cluster);
+void race_end_cluster(Cluster *cluster);
+void race_registers(Warp *w, const Instr *in);
+void race_product_registers(Warp *w, const Instr *in, int sums);
+void race_loaded_registers(Warp *w, const Instr *in);
+void race_warp_sync(Warp *w, uint32_t members);
+void race_begin_warp(Warp *w, const Instr *in, uint32_t mask);
+void race_begin_tensor(Warp *w, const Instr *in, int loading);
+void race_touch_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, int lane, uint32_t flags);
+void race_touch_global(Machine *m, uint64_t address, uint64_t size, int lane, uint32_t flags);
+void race_touch_tensor(Machine *m, Cta *cta, uint32_t lane, uint32_t column, uint32_t count, uint32_t flags);
+void race_touch(Warp *w, uint64_t address, uint32_t size, int lane, uint32_t flags);
+void race_order(Warp *w, int lane, uint64_t address, uint32_t order, int write, int read);
+void race_mbarrier_init(Warp *w, const Instr *in, int lane, Cta *cta, uint32_t offset);
+void race_mbarrier_arrive(Warp *w, const Instr *in, uint32_t mask, Cta *cta, uint32_t offset, int release);
+void race_mbarrier_waited(Warp *w, const Instr *in, uint32_t mask, Cta *cta, uint32_t offset, int acquire);
+void race_mbarrier_passed(Cta *cta, uint32_t offset);
+void race_on_barrier(Machine *m, Cta *cta, uint32_t offset);
+void race_bring(Machine *m, const AsyncOp *op, Cta *cta, uint32_t offset);
+void race_named_arrive(Warp *w, uint32_t mask, uint32_t number);
+void race_named_complete(Warp *last, uint32_t mask, uint32_t number, int waits);
+void race_cluster_arrive(Warp *w, uint32_t mask, int release);
+void race_cluster_complete(Cluster *cluster);
+void race_cluster_wait(Warp *w, uint32_t mask);
+void race_issue(AsyncOp *op, int later);
+void race_run(Machine *m, const AsyncOp *op);
+void race_ran(const AsyncOp *op);
+void race_store_global(Machine *m, uint64_t address, uint64_t size, int atomic);
+void race_commit_group(Warp *w, AsyncKind kind, uint32_t lanes);
+void race_wait_group(Warp *w, AsyncKind kind, uint32_t lanes, int pending, int read_only);
+void race_fence(Warp *w, const Instr *in, uint32_t mask);
 
 #endif

@@ -21,6 +21,14 @@ static void count_rows(Warp *w, const Instr *in, int rows, int loading)
     count_wavefronts(w->machine, loading ? SHARED_LDMATRIX : SHARED_STMATRIX, addresses, FULL_MASK >> (LANES - rows), 16);
 }
 
+static uint8_t *matrix_row(Warp *w, const Instr *in, uint32_t address, int loading)
+{
+    uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);
+    if (w->machine->races)
+        race_touch(w, SHARED_WINDOW | address, 16, LANE_WARP, loading ? 0 : TOUCH_WRITE);
+    return bytes;
+}
+
 /* r[0]: address; pool: registers. sub: tiles | transposed << 4. Lane 8 i + j gives the address of row j of tile i. */
 static void move_tiles(Warp *w, const Instr *in, int loading)
 {
@@ -35,7 +43,7 @@ static void move_tiles(Warp *w, const Instr *in, int loading)
             uint32_t address = row_address(w, in, from);
             if (address & 15)
                 fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
-            uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);
+            uint8_t *bytes = matrix_row(w, in, address, loading);
             for (int column = 0; column < 8; column++) {
                 int lane = transposed ? column * 4 + row / 2 : row * 4 + column / 2;
                 int half = transposed ? row & 1 : column & 1;
@@ -67,7 +75,7 @@ static void move_byte_tiles(Warp *w, const Instr *in, int loading)
             uint32_t address = row_address(w, in, from);
             if (address & 15)
                 fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
-            uint8_t *bytes = loading ? shared_read(w, in, address, 16) : shared_write(w, in, address, 16);
+            uint8_t *bytes = matrix_row(w, in, address, loading);
             int t = loading ? row / 4 : row / 2, j = loading ? row / 2 % 2 : 0;
             for (int column = 0; column < 16; column++) {
                 uint32_t *to = &lanes32(w, POOL(tile * registers + j))[4 * (column % 8) + t];
@@ -82,6 +90,10 @@ static void move_byte_tiles(Warp *w, const Instr *in, int loading)
 
 static void move_matrix(Warp *w, const Instr *in, int loading)
 {
+    if (!require_lanes(w, FULL_MASK))
+        return;
+    if (w->machine->races)
+        race_begin_warp(w, in, FULL_MASK);
     if (in->sub & BYTES)
         move_byte_tiles(w, in, loading);
     else

@@ -140,12 +140,13 @@ uint8_t *generic_span(Warp *w, const Instr *in, int lane, uint64_t address, uint
 }
 
 /* sub of ld and st: log2 of the element's bytes | count << 4 | signed << 8 | space << 9 | 64-bit registers << 12 | parameter or
- * constant memory << 15 */
+ * constant memory << 15 | strong << 16 | acquires << 17 | releases << 18 | scope << 19 */
 enum { SPACE_GENERIC, SPACE_GLOBAL, SPACE_SHARED, SPACE_LOCAL };
 #define SUB_BYTES (1u << (in->sub & 15))
 #define SUB_COUNT ((in->sub >> 4) & 15)
 #define SUB_SPACE ((in->sub >> 9) & 7)
 #define SUB_CONSTANT (1u << 15)
+#define SUB_STRONG (1u << 16)
 
 static inline uint64_t address_at(Warp *w, const Instr *in, int lane)
 {
@@ -165,6 +166,20 @@ static inline uint8_t *locate(Warp *w, const Instr *in, int lane, uint32_t size,
     case SPACE_GLOBAL: return global_span(w, in, address, size, write);
     default: return generic_span(w, in, lane, address, size, write);
     }
+}
+
+/* The race check, for one lane's load or store. */
+static void check_race(Warp *w, const Instr *in, int lane, uint32_t size, int write)
+{
+    uint64_t address = address_at(w, in, lane);
+    if (SUB_SPACE == SPACE_LOCAL || in->sub & SUB_CONSTANT)
+        return;
+    if (SUB_SPACE == SPACE_SHARED)
+        address = SHARED_WINDOW | (uint32_t)address;
+    uint32_t strong = in->sub & SUB_STRONG ? TOUCH_STRONG | (in->sub >> 19 & 3) << TOUCH_SCOPE_SHIFT : 0;
+    race_touch(w, address, size, lane, strong | (write ? TOUCH_WRITE : 0));
+    if (strong)
+        race_order(w, lane, address, in->sub >> 17 & 15, write, !write);
 }
 
 /* What the report says of a load or store: bytes of global memory, wavefronts of shared memory. */
@@ -193,9 +208,13 @@ void op_ld(Warp *w, const Instr *in, uint32_t mask)
     uint32_t bytes = SUB_BYTES, count = SUB_COUNT, size = bytes * count, wide = in->sub >> 12 & 1;
     const int32_t *to = w->machine->program.pool + in->pool;
     count_access(w, in, mask, size, 0);
+    if (w->machine->races)
+        race_begin_warp(w, in, mask);
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         const uint8_t *from = locate(w, in, i, size, 0);
+        if (w->machine->races)
+            check_race(w, in, i, size, 0);
         for (uint32_t k = 0; k < count; k++, from += bytes) {
             uint64_t value = 0;
             if (to[k] < 0)
@@ -231,9 +250,13 @@ void op_st(Warp *w, const Instr *in, uint32_t mask)
     const int32_t *from = w->machine->program.pool + in->pool;
     w->machine->progress++;
     count_access(w, in, mask, size, 1);
+    if (w->machine->races)
+        race_begin_warp(w, in, mask);
     for (uint32_t left = mask; left; left &= left - 1) {
         int i = __builtin_ctz(left);
         uint8_t *to = locate(w, in, i, size, 1);
+        if (w->machine->races)
+            check_race(w, in, i, size, 1);
         for (uint32_t k = 0; k < count; k++, to += bytes) {
             if (bytes == 16) {
                 memcpy(to, &lanes64(w, from[k])[i], 8);
@@ -256,6 +279,12 @@ void op_st_async(Warp *w, const Instr *in, uint32_t mask)
         int i = __builtin_ctz(left);
         uint32_t address = (uint32_t)address_at(w, in, i), barrier = R32(1)[i];
         uint8_t *to = in->sub >> 14 & 1 ? shared_read(w, in, address, size) : shared_write(w, in, address, size);
+        if (w->machine->races) { /* a reduction is atomic */
+            race_begin_warp(w, in, 1u << i);
+            race_on_barrier(w->machine, shared_owner(w, in, barrier), barrier & SHARED_OFFSET_MASK);
+            race_touch_shared(w->machine, shared_owner(w, in, address), address & SHARED_OFFSET_MASK, size, LANE_NONE,
+                              TOUCH_WRITE | TOUCH_ASYNC | (in->sub >> 14 & 1 ? TOUCH_STRONG | SCOPE_CLUSTER << TOUCH_SCOPE_SHIFT : 0));
+        }
         for (uint32_t k = 0; k < count; k++, to += bytes) {
             uint64_t value = bytes == 8 ? lanes64(w, from[k])[i] : lanes32(w, from[k])[i];
             if (in->sub >> 14 & 1) {

@@ -182,6 +182,8 @@ CLONED void decode_operand(Machine *m, int32_t line, Cta *cta, const SharedOpera
             if (((written[0] & written[1]) & 0x0101010101010101ull) != 0x0101010101010101ull)
                 shared_check_written(m, line, cta, address, 16, "read by a tensor instruction");
             int n = inner - y < chunk ? inner - y : chunk;
+            if (m->races)
+                race_touch_shared(m, cta, address, (uint32_t)(n * bytes), LANE_NONE, TOUCH_ASYNC);
             decode_row(part, cta->shared + address, n, o->format);
             float *to = out + (o->mn_major ? (size_t)x * k_stride + (size_t)y * row_stride : (size_t)x * row_stride + (size_t)y * k_stride);
             size_t step = o->mn_major ? row_stride : k_stride;

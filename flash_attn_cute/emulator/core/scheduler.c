@@ -158,6 +158,8 @@ int launch_next(Machine *m, int slot)
         start_cta(cluster, rank);
         cluster->running += cluster->ctas[rank].warp_count;
     }
+    if (m->races)
+        race_start_cluster(cluster);
     cluster->live_threads = cluster->running * LANES;
     m->progress++;
     return 1;
@@ -168,6 +170,8 @@ static void finish_cluster(Machine *m, Cluster *cluster)
     if (m->checks & CHECK_LEAKS)
         check_leaks(cluster);
     async_drain(m, cluster);
+    if (m->races)
+        race_end_cluster(cluster);
     launch_next(m, cluster->slot);
 }
 
@@ -269,6 +273,8 @@ static void allocate(Machine *m)
 static void release(Machine *m)
 {
     int warps = ((int)(m->block[0] * m->block[1] * m->block[2]) + LANES - 1) / LANES;
+    if (m->races)
+        race_destroy(m);
     for (int slot = 0; slot < m->resident; slot++) {
         Cluster *cluster = &m->clusters[slot];
         for (int rank = 0; rank < cluster->size; rank++) {

@@ -24,8 +24,10 @@ static void check_columns(Machine *m, int32_t line, const Cta *cta, uint32_t col
                           cta->id[1], cta->id[2]);
 }
 
-static void check_written(Machine *m, int32_t line, const Cta *cta, uint32_t lane, uint32_t column, uint32_t count)
+static void check_written(Machine *m, int32_t line, Cta *cta, uint32_t lane, uint32_t column, uint32_t count)
 {
+    if (m->races && !(lane & 15)) /* rows come in sixteens */
+        race_touch_tensor(m, cta, lane, column, count, 0);
     if (!(m->checks & CHECK_UNINITIALISED))
         return;
     const uint8_t *first = cta->tmem_written + (size_t)lane * TMEM_COLUMNS + column, *missing = memchr(first, 0, count);
@@ -43,6 +45,8 @@ const uint32_t *tmem_read(Machine *m, int32_t line, Cta *cta, uint32_t lane, uin
 
 static void mark_written(Cta *cta, uint32_t lane, uint32_t column, uint32_t count)
 {
+    if (cta->machine->races && !(lane & 15))
+        race_touch_tensor(cta->machine, cta, lane, column, count, TOUCH_WRITE);
     memset(cta->tmem_written + (size_t)lane * TMEM_COLUMNS + column, 1, count);
 }
 
@@ -66,6 +70,10 @@ void op_tcgen05_alloc(Warp *w, const Instr *in, uint32_t mask)
             continue;
         memset(cta->tmem_owner + first, (int)(first / 32 + 1), count);
         memcpy(shared_write(w, in, address, 4), &first, 4);
+        if (w->machine->races) {
+            race_begin_warp(w, in, mask);
+            race_touch(w, SHARED_WINDOW | address, 4, LANE_WARP, TOUCH_WRITE);
+        }
         w->machine->progress++;
         return;
     }
@@ -129,6 +137,8 @@ static void move_registers(Warp *w, const Instr *in, uint32_t mask, int loading)
             high = column > high ? column : high;
         }
     check_columns(m, in->line, cta, base_column, (high + 1) << packed);
+    if (m->races)
+        race_begin_tensor(w, in, loading);
     for (int r = 0; r < (int)count; r++) {
         uint32_t *registers = lanes32(w, POOL(r));
         for (int thread = 0; thread < LANES; thread++) {
@@ -149,6 +159,8 @@ static void move_registers(Warp *w, const Instr *in, uint32_t mask, int loading)
         }
     }
     m->progress += !loading;
+    if (m->races && loading)
+        race_loaded_registers(w, in);
 }
 
 void op_tcgen05_ld(Warp *w, const Instr *in, uint32_t mask) { move_registers(w, in, mask, 1); }
@@ -160,8 +172,11 @@ static void run_commit(Machine *m, AsyncOp *op)
     uint32_t address = (uint32_t)op->args[0];
     uint64_t ranks = op->args[1] ? op->args[1] : 1ull << (address >> 24);
     for (uint32_t rank = 0; rank < (uint32_t)op->cluster->size; rank++)
-        if (ranks >> rank & 1)
+        if (ranks >> rank & 1) {
+            if (m->races)
+                race_bring(m, op, &op->cluster->ctas[rank], address & SHARED_OFFSET_MASK);
             mbarrier_arrive(m, op->in->line, &op->cluster->ctas[rank], address & SHARED_OFFSET_MASK, 1);
+        }
 }
 
 /* r: address, CTA mask (-1) */
@@ -375,6 +390,8 @@ static void run_cp(Machine *m, AsyncOp *op)
                 if (from < SHARED_FIRST || from + 16 > cta->shared_bytes)
                     machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "tcgen05.cp reads shared address 0x%x", from);
                 shared_check_written(m, op->in->line, cta, from, 16, "read by tcgen05.cp");
+                if (m->races)
+                    race_touch_shared(m, cta, from, 16, LANE_NONE, TOUCH_ASYNC);
                 uint8_t bytes[16];
                 if (spread)
                     widen_chunk(bytes, cta->shared + from, spread);

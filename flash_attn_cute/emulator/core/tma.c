@@ -58,6 +58,23 @@ static uint8_t *global_or_fault(Machine *m, AsyncOp *op, uint64_t address, uint6
     return where;
 }
 
+/* The race check, for the global side of a bulk copy. */
+static void touch_global(Machine *m, const AsyncOp *op, uint64_t address, uint64_t size, int what)
+{
+    if (!m->races || !m->allocations[op->warp->last_allocation].writable)
+        return;
+    if (what == TMA_LOAD)
+        race_touch_global(m, address, size, LANE_NONE, TOUCH_ASYNC);
+    else
+        race_store_global(m, address, size, what == TMA_REDUCE);
+}
+
+static void touch_shared(Machine *m, Cta *cta, uint32_t offset, uint64_t size, int write)
+{
+    if (m->races)
+        race_touch_shared(m, cta, offset, (uint32_t)size, LANE_NONE, TOUCH_ASYNC | (write ? TOUCH_WRITE : 0));
+}
+
 static void shared_bounds(Machine *m, AsyncOp *op, Cta *cta, uint32_t offset, uint64_t size)
 {
     if (offset < SHARED_FIRST || offset + size > cta->shared_bytes)
@@ -94,6 +111,8 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
     int load = what == TMA_LOAD;
     int spreads = t->shared_bits != t->bits;
     uint8_t *memory = bytes > 0 ? global_or_fault(m, op, global, (uint64_t)(bytes * t->bits / t->shared_bits), !load) : NULL;
+    if (memory)
+        touch_global(m, op, global, (uint64_t)(bytes * t->bits / t->shared_bits), what);
     for (int64_t at = 0; at < row_bytes;) {
         uint32_t address = offset + (uint32_t)at;
         int64_t piece = 16 - (address & 15);
@@ -103,6 +122,7 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
         uint8_t *shared = cta->shared + physical;
         int64_t from = at > skip ? at : skip, to = at + piece < skip + bytes ? at + piece : skip + bytes;
         if (load) {
+            touch_shared(m, cta, physical, (uint64_t)piece, 1);
             if (to - from < piece)
                 memset(shared, 0, (size_t)piece);
             if (to > from && spreads)
@@ -112,6 +132,7 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
             memset(cta->shadow + physical, 1, (size_t)piece);
         } else if (to > from) {
             shared_check_written(m, op->in->line, cta, physical + (uint32_t)(from - at), (uint32_t)(to - from), "read by a bulk store");
+            touch_shared(m, cta, physical + (uint32_t)(from - at), (uint64_t)(to - from), 0);
             if (what == TMA_STORE)
                 memcpy(memory + (from - skip), shared + (from - at), (size_t)(to - from));
             else
@@ -147,12 +168,19 @@ static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
     }
 }
 
-/* The barrier that a copy into CTA `rank` completes on: beside the data, or in the pair's CTA that the address names. */
-static void complete_on(Machine *m, AsyncOp *op, uint32_t rank, uint32_t barrier, int pair, int32_t bytes)
+/* Whose barrier a copy into CTA `rank` completes on: beside the data, or in the pair's CTA that the address names. */
+static Cta *barrier_owner(const AsyncOp *op, uint32_t rank, uint32_t barrier, int pair)
 {
-    Cluster *cluster = op->cluster;
-    uint32_t owner = pair ? (rank & ~1u) | (barrier >> 24 & 1) : rank;
-    mbarrier_complete_tx(m, op->in->line, &cluster->ctas[owner], barrier & SHARED_OFFSET_MASK, bytes);
+    return &op->cluster->ctas[pair ? (rank & ~1u) | (barrier >> 24 & 1) : rank];
+}
+
+static void load_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *to, Cta *owner, const int32_t *coordinates, int32_t bytes)
+{
+    uint32_t barrier = (uint32_t)op->args[1] & SHARED_OFFSET_MASK;
+    if (m->races)
+        race_on_barrier(m, owner, barrier);
+    copy_box(m, op, t, to, (uint32_t)op->args[0] & SHARED_OFFSET_MASK, coordinates, TMA_LOAD);
+    mbarrier_complete_tx(m, op->in->line, owner, barrier, bytes);
 }
 
 /* An H200 answers either with cudaErrorIllegalInstruction, on loads and on stores, whoever encoded the map: a box may leave the
@@ -192,17 +220,13 @@ static void run_tensor(Machine *m, AsyncOp *op)
         return;
     }
     if (!op->args[2]) {
-        copy_box(m, op, &t, &op->cluster->ctas[shared >> 24], offset, coordinates, what);
-        if (pair)
-            complete_on(m, op, shared >> 24, barrier, 1, (int32_t)bytes);
-        else
-            complete_on(m, op, barrier >> 24, barrier, 0, (int32_t)bytes);
+        Cta *owner = barrier_owner(op, (pair ? shared : barrier) >> 24, barrier, pair);
+        load_box(m, op, &t, &op->cluster->ctas[shared >> 24], owner, coordinates, (int32_t)bytes);
     } else {
         int64_t before = m->totals.global_load_bytes, once = 0; /* a multicast reads global memory once */
         for (uint32_t rank = 0; rank < (uint32_t)op->cluster->size; rank++)
             if (op->args[2] >> rank & 1) {
-                copy_box(m, op, &t, &op->cluster->ctas[rank], offset, coordinates, what);
-                complete_on(m, op, rank, barrier, pair, (int32_t)bytes);
+                load_box(m, op, &t, &op->cluster->ctas[rank], barrier_owner(op, rank, barrier, pair), coordinates, (int32_t)bytes);
                 once = once ? once : m->totals.global_load_bytes - before;
             }
         m->totals.global_load_bytes = before + once;
@@ -264,6 +288,8 @@ static void run_bulk(Machine *m, AsyncOp *op)
         shared_bounds(m, op, cta, offset, size);
         shared_check_written(m, op->in->line, cta, offset, (uint32_t)size, "read by a bulk store");
         uint8_t *to = global_or_fault(m, op, op->args[0], size, 1);
+        touch_shared(m, cta, offset, size, 0);
+        touch_global(m, op, op->args[0], size, op->in->sub >> 4 & 1 ? TMA_REDUCE : TMA_STORE);
         if (op->in->sub >> 4 & 1)
             reduce_bytes(to, cta->shared + offset, size, 1 << (op->in->sub >> 12 & 3), (int)(op->in->sub >> 16 & 15), op->in->sub >> 8 & 15);
         else
@@ -272,8 +298,9 @@ static void run_bulk(Machine *m, AsyncOp *op)
         return;
     }
     const uint8_t *from;
+    Cta *source = NULL;
     if (way == BULK_SHARED_TO_SHARED) {
-        Cta *source = &cluster->ctas[op->args[1] >> 24 & 255];
+        source = &cluster->ctas[op->args[1] >> 24 & 255];
         shared_bounds(m, op, source, (uint32_t)op->args[1] & SHARED_OFFSET_MASK, size);
         from = source->shared + (op->args[1] & SHARED_OFFSET_MASK);
     } else {
@@ -287,13 +314,21 @@ static void run_bulk(Machine *m, AsyncOp *op)
         Cta *cta = &cluster->ctas[rank];
         uint32_t offset = (uint32_t)op->args[0] & SHARED_OFFSET_MASK;
         shared_bounds(m, op, cta, offset, size);
+        Cta *owner = op->args[4] ? cta : &cluster->ctas[barrier >> 24 & 255];
+        if (m->races) {
+            race_on_barrier(m, owner, barrier & SHARED_OFFSET_MASK);
+            if (source)
+                touch_shared(m, source, (uint32_t)op->args[1] & SHARED_OFFSET_MASK, size, 0);
+            else
+                touch_global(m, op, op->args[1], size, TMA_LOAD);
+            touch_shared(m, cta, offset, size, 1);
+        }
         if (op->in->sub >> 4 & 1)
             reduce_bytes(cta->shared + offset, from, size, 1 << (op->in->sub >> 12 & 3), (int)(op->in->sub >> 16 & 15), op->in->sub >> 8 & 15);
         else
             memmove(cta->shared + offset, from, size);
         shared_mark(cta, offset, (uint32_t)size);
-        mbarrier_complete_tx(m, op->in->line, op->args[4] ? cta : &cluster->ctas[barrier >> 24 & 255], barrier & SHARED_OFFSET_MASK,
-                             (int32_t)size);
+        mbarrier_complete_tx(m, op->in->line, owner, barrier & SHARED_OFFSET_MASK, (int32_t)size);
     }
 }
 

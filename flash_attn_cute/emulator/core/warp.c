@@ -100,15 +100,17 @@ void warp_retry(Warp *w)
 /* True where the lanes in `needed` that still live are all here; parks the fragment before the instruction otherwise. */
 int require_lanes(Warp *w, uint32_t needed)
 {
-    if (((needed & w->live) & ~w->mask) == 0)
+    if (((needed & w->live) & ~w->mask) == 0) {
+        if (w->machine->races)
+            race_warp_sync(w, needed & w->live);
         return 1;
+    }
     warp_retry(w);
     warp_block(w, WAIT_CONVERGE, needed, 0);
     return 0;
 }
 
-/* Runs up to `budget` instructions; true where the warp could have gone on. */
-int warp_run(Warp *w, int budget)
+static inline __attribute__((always_inline)) int run(Warp *w, int budget, int races)
 {
     Machine *m = w->machine;
     const Instr *code = m->program.code;
@@ -125,6 +127,8 @@ int warp_run(Warp *w, int budget)
         w->next = w->pc + 1;
         if (mask) {
             w->executed[w->pc]++;
+            if (races)
+                race_registers(w, in);
             handlers[in->op](w, in, mask);
         } else
             w->skipped[w->pc]++;
@@ -158,6 +162,10 @@ int warp_run(Warp *w, int budget)
         w->fragments[i].yielded = 0;
     return 1;
 }
+
+/* Runs up to `budget` instructions; true where the warp could have gone on. The loop is compiled twice, so that looking for races
+ * costs nothing where nobody does. */
+int warp_run(Warp *w, int budget) { return w->machine->races ? run(w, budget, 1) : run(w, budget, 0); }
 
 /* Branch: the guard has already chosen the lanes that jump. */
 void op_bra(Warp *w, const Instr *in, uint32_t mask)
@@ -256,6 +264,13 @@ void op_nop(Warp *w, const Instr *in, uint32_t mask)
     UNUSED(w), UNUSED(in), UNUSED(mask);
 }
 
+/* Fences, and what else has no effect but for the race check. sub: as race_fence takes it */
+void op_fence(Warp *w, const Instr *in, uint32_t mask)
+{
+    if (w->machine->races)
+        race_fence(w, in, mask);
+}
+
 void op_nanosleep(Warp *w, const Instr *in, uint32_t mask)
 {
     UNUSED(in), UNUSED(mask);
@@ -266,16 +281,22 @@ void op_nanosleep(Warp *w, const Instr *in, uint32_t mask)
 void op_bar_warp_sync(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t members = R32(0)[__builtin_ctz(mask)] & w->live;
-    if ((members & ~w->mask) == 0)
+    if ((members & ~w->mask) == 0) {
+        if (w->machine->races)
+            race_warp_sync(w, members);
         return;
+    }
     warp_block(w, WAIT_WARP, members, 0);
     uint32_t here = 0;
     w->fragments[w->current].mask = w->mask;
     for (int i = 0; i < w->fragment_count; i++)
         if (w->fragments[i].wait == WAIT_WARP)
             here |= w->fragments[i].mask;
-    if ((members & ~here) == 0)
-        for (int i = 0; i < w->fragment_count; i++)
-            if (w->fragments[i].wait == WAIT_WARP && (w->fragments[i].mask & members))
-                w->fragments[i].wait = WAIT_NONE;
+    if (members & ~here)
+        return;
+    for (int i = 0; i < w->fragment_count; i++)
+        if (w->fragments[i].wait == WAIT_WARP && (w->fragments[i].mask & members))
+            w->fragments[i].wait = WAIT_NONE;
+    if (w->machine->races)
+        race_warp_sync(w, members);
 }

@@ -136,6 +136,8 @@ void op_wgmma(Warp *w, const Instr *in, uint32_t mask)
     op.args[0] = in->sub & A_REGISTERS ? 0 : R64(0)[lane];
     op.args[1] = R64(1)[lane];
     op.args[2] = R32(2)[lane] != 0;
+    if (w->machine->races)
+        race_product_registers(w, in, n / (in->sub & HALF_SUMS ? 4 : 2));
     Totals *t = &w->machine->totals;
     int bytes = format_bytes((int)(in->sub >> 4) & 15), k_count = 32 / bytes;
     t->mma_flops += 16ll * n * k_count;

@@ -85,9 +85,11 @@ def kernel(
         raw[i] = plain[i]
     if warp == 0:
         given, tiles = partition(store_atom, target, box, start, config)
-        cute.copy(store_atom, given, tiles)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=False)
+        # A reduction elects a lane by itself, a store does not: every lane would store the whole box.
+        with cute.arch.elect_one():
+            cute.copy(store_atom, given, tiles)
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=False)
 
 
 def partition(atom, view, box, start, config: Config):
