@@ -1,11 +1,11 @@
 """Small kernels that synchronise in every way there is, and what happens where one synchronisation is missing.
 
-`{name|statement}` is a synchronisation that a mutant lacks, `{name|statement|other}` one that it has another for. `//@ name`
-names a line. Expected of a mutant: the line of the access that is told, and of the one that it races with.
+`{name|statement}` is a synchronisation that a mutant lacks, `{name|statement|other}` one that it has another for, and
+`//@ name` names a line. Expected of a mutant: the line of the access that is told, and of the one that it races with.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 HEADER = """.version 8.8
 .target {arch}
@@ -13,13 +13,16 @@ HEADER = """.version 8.8
 .visible .entry k(.param .u64 p0) {{
 .reg .pred %p<9>; .reg .b16 %h<4>; .reg .b32 %r<40>; .reg .b64 %rd<19>; .reg .f32 %f<9>;
 .shared .align 1024 .b8 memory[4096]; .shared .align 8 .b8 bar[64];
-mov.u32 %r0, %tid.x; mov.u32 %r1, memory; mov.u32 %r2, bar; ld.param.b64 %rd0, [p0]; shr.u32 %r3, %r0, 5; and.b32 %r4, %r0, 31;
+mov.u32 %r0, %tid.x; mov.u32 %r1, memory; mov.u32 %r2, bar; ld.param.b64 %rd0, [p0];
+shr.u32 %r3, %r0, 5; and.b32 %r4, %r0, 31;
 setp.eq.u32 %p0, %r0, 0; setp.eq.u32 %p1, %r3, 0; setp.eq.u32 %p2, %r3, 1; setp.eq.u32 %p3, %r4, 0;
 mov.u32 %r5, %ctaid.x; setp.eq.u32 %p4, %r5, 0;
 shl.b32 %r6, %r0, 2; add.u32 %r7, %r1, %r6; xor.b32 %r8, %r6, 128; add.u32 %r8, %r8, %r1;
 xor.b32 %r9, %r6, 64; add.u32 %r9, %r9, %r1; shl.b32 %r10, %r4, 2; add.u32 %r10, %r10, %r1;
 """
-INIT = "@%p0 mbarrier.init.shared.b64 [%r2], 1; @%p0 mbarrier.init.shared.b64 [%r2+8], 1; fence.mbarrier_init.release.cluster; bar.sync 0;"
+INIT = "@%p0 mbarrier.init.shared.b64 [%r2], 1; @%p0 mbarrier.init.shared.b64 [%r2+8], 1;"
+INIT += "fence.mbarrier_init.release.cluster; bar.sync 0;"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r12, %r12, %r12, %r12}, %rd2, "
 WAIT = "W{n}: mbarrier.try_wait.parity.shared.b64 %p8, [%r2+{at}], {parity}; @!%p8 bra W{n};"
 
 
@@ -35,7 +38,6 @@ class Program:
     grid: int = 1
     cluster: int = 1
     arch: str = "sm_90a"
-    launch: dict = field(default_factory=dict)
 
     def text(self, without: str | None = None) -> str:
         def choose(found: re.Match) -> str:
@@ -237,7 +239,7 @@ st.shared.b16 [%r11], %h0; //@ store
 {sync|bar.sync 0;}
 mov.b32 %f0, 0f00000000; mov.b32 %f1, %f0; mov.b32 %f2, %f0; mov.b32 %f3, %f0; //@ touch
 {fence|wgmma.fence.sync.aligned;}
-wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r12, %r12, %r12, %r12}, %rd2, 1, 1, 1, 0; //@ product
+PRODUCT1 //@ product
 {commit|wgmma.commit_group.sync.aligned;}
 {wait|wgmma.wait_group.sync.aligned 0;}
 bar.sync 0;
@@ -260,13 +262,13 @@ wgmma.fence.sync.aligned;
 shl.b32 %r11, %r0, 1; add.u32 %r11, %r11, %r1; mov.b16 %h0, 0; mov.b32 %r12, 0;
 shr.u32 %r14, %r1, 4; cvt.u64.u32 %rd2, %r14; or.b64 %rd2, %rd2, 0x800080000;
 st.shared.b16 [%r11], %h0; fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r12, %r12, %r12, %r12}, %rd2, 0, 1, 1, 0; //@ product
-wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r12, %r12, %r12, %r12}, %rd2, 1, 1, 1, 0; //@ next
+PRODUCT0 //@ product
+PRODUCT1 //@ next
 wgmma.commit_group.sync.aligned;
 {wait|wgmma.wait_group.sync.aligned 0;}
 mul.f32 %f2, %f2, %f2; //@ use
 {fence|wgmma.fence.sync.aligned;}
-wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, {%r12, %r12, %r12, %r12}, %rd2, 1, 1, 1, 0; //@ last
+PRODUCT1 //@ last
 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
 """,
         {"wait": ("use", "next"), "fence": ("last", "use")},
@@ -287,8 +289,8 @@ tcgen05.st.sync.aligned.32x32b.x8.b32 [%r14], {%r12, %r12, %r12, %r12, %r12, %r1
 {sync|bar.sync 0;}
 @!%p0 bra REST;
 {after|tcgen05.fence::after_thread_sync;}
-shr.u32 %r15, %r1, 4; cvt.u64.u32 %rd2, %r15; or.b64 %rd2, %rd2, 0x401000080000; add.u32 %r16, %r13, 16; setp.ne.u32 %p5, %r0, 0;
-mov.b32 %r17, 0x08040010;
+shr.u32 %r15, %r1, 4; cvt.u64.u32 %rd2, %r15; or.b64 %rd2, %rd2, 0x401000080000; add.u32 %r16, %r13, 16;
+setp.ne.u32 %p5, %r0, 0; mov.b32 %r17, 0x08040010;
 tcgen05.mma.cta_group::1.kind::f16 [%r16], [%r13], %rd2, %r17, %p5; //@ product
 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];
 REST: {done|"""
@@ -398,16 +400,15 @@ END:
     ),
     "the last CTA resets a counter": Program(
         """
+mad.wide.u32 %rd3, %r5, 4, %rd0;
 @!%p3 bra END;
-st.global.b32 [%rd0+64], %r5; //@ store
+st.global.b32 [%rd3+64], %r5; //@ store
 atom{order|.acq_rel|.relaxed}.gpu.global.add.u32 %r11, [%rd0], 1;
+setp.ne.u32 %p5, %r11, 1; @%p5 bra END;
+ld.global.v2.b32 {%r12, %r13}, [%rd0+64]; //@ load
+st.global.b32 [%rd0], 0;
 END:
-""".replace("[%rd0+64], %r5", "[%rd3], %r5")
-        .replace("@!%p3 bra END;", "mad.wide.u32 %rd3, %r5, 4, %rd0; add.u64 %rd3, %rd3, 64; @!%p3 bra END;")
-        .replace(
-            "END:",
-            "setp.ne.u32 %p5, %r11, 1; @%p5 bra END;\nld.global.v2.b32 {%r12, %r13}, [%rd0+64]; //@ load\nst.global.b32 [%rd0], 0;\nEND:",
-        ),
+""",
         {"order": ("load", "store")},
         block=32,
         grid=2,
