@@ -43,11 +43,9 @@ class Program:
         def choose(found: re.Match) -> str:
             return (found[3] or "") if found[1] == without else found[2]
 
-        return (
-            HEADER.format(arch=self.arch)
-            + re.sub(r"\{(\w+)\|([^|}]*)(?:\|([^}]*))?\}", choose, self.body)
-            + "\nret;\n}"
-        )
+        body = re.sub(r"\{(\w+)\|([^|}]*)(?:\|([^}]*))?\}", choose, self.body)
+        body = re.sub(r"PRODUCT(\d)", PRODUCT + r"\1, 1, 1, 0;", body)  # the digit: whether it keeps the sums
+        return HEADER.format(arch=self.arch) + body + "\nret;\n}"
 
     def line(self, name: str) -> int:
         lines = [n for n, line in enumerate(self.text().splitlines(), 1) if line.endswith(f"//@ {name}")]
