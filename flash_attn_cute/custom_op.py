@@ -17,8 +17,8 @@ _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,
     SymInt? max_seqlen_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? page_table, float? softmax_scale, bool causal,
     int? window_left, int? window_right, float softcap, Tensor? learnable_sink, Tensor? key_mask, Tensor? key_bias,
-    int num_splits, int? seqlen_k_per_split, bool? pack_gqa, bool deterministic, str scheduler, bool return_lse,
-    str backend
+    int num_splits, int? seqlen_k_per_split, bool? pack_gqa, bool deterministic, str scheduler, bool plans,
+    bool return_lse, str backend
 """
 _NAMES = tuple(argument.split()[1] for argument in _ARGUMENTS.split(","))
 
@@ -35,6 +35,7 @@ def _lse_shape(q: Tensor) -> tuple[int, ...]:
 def _run(arguments: tuple, out: Tensor | None) -> tuple[Tensor, Tensor]:
     options = dict(zip(_NAMES, arguments, strict=True))
     options["window_size"] = (options.pop("window_left"), options.pop("window_right"))
+    options["scheduler_metadata"] = None if options.pop("plans") else False
     result = interface.flash_attn_varlen_func(**options, out=out)
     # An operator returns a tensor in each place.
     return result if options["return_lse"] else (result, options["q"].new_empty(0, dtype=torch.float32))
@@ -94,8 +95,10 @@ def call(arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
     """The operator call for the arguments of `flash_attn_varlen_func`, by name."""
     arguments = dict(arguments)
     out = arguments.pop("out")
-    if arguments.pop("scheduler_metadata") not in (None, False):
-        raise NotImplementedError("scheduler_metadata: planning on the device is not built yet")
+    metadata = arguments.pop("scheduler_metadata")
+    if metadata not in (None, False):
+        raise NotImplementedError("scheduler_metadata under torch.compile: leave it out, or call outside the region")
+    arguments["plans"] = metadata is None
     arguments["window_left"], arguments["window_right"] = arguments.pop("window_size")
     ordered = [arguments[name] for name in _NAMES]
     if out is None:

@@ -322,11 +322,21 @@ class ForwardSm90:
             self._issue_scores(me, rings, q_following, k_following)
             warpgroup.wait_group(1)
             rings.v.release(kv_position)
-            rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
-            rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
+            self._write(me, work, seqlens, tensors)
             warpgroup.wait_group(0)
             work, seqlens = following, following_seqlens
             q_position, kv_position = q_position.next(), kv_position.next()
+
+    @cute.jit
+    def _write(self, me: Consumer, work: WorkTile, seqlens: Seqlens, tensors: ForwardTensors):
+        rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
+        if const_expr(self.spec.splits):
+            if work.num_splits > 1:
+                rows.write_partial(wgmma.flat(me.o), me.softmax, seqlens, work.slot, tensors)
+            else:
+                rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
+        else:
+            rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
 
     @cute.jit
     def _keys(

@@ -8,7 +8,7 @@ from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
-from flash_attn_cute.tile_scheduler import TileOrder, WorkTile
+from flash_attn_cute.tile_scheduler import PlannedOrder, PlannedWork, TileOrder, WorkTile
 from flash_attn_cute.tuning import Sm90Tile
 
 
@@ -24,6 +24,7 @@ class ForwardSpec:
     window_left: bool
     window_right: bool  # causal excludes it
     softcap: bool
+    splits: bool = False  # work tiles may be splits, whose results are partial
 
     @property
     def packed(self) -> bool:
@@ -48,6 +49,9 @@ class ForwardTensors(NamedTuple):
     seqused_k: cute.Tensor | None
     sink: cute.Tensor | None
     semaphore: cute.Tensor | None
+    partial: cute.Tensor | None = None  # (slots, tile_m, Dv) float32: outputs of splits, rows as in the query tile
+    lse_partial: cute.Tensor | None = None  # (slots, tile_m) float32
+    work: PlannedWork | None = None
 
     @property
     def packed_q(self) -> bool:
@@ -75,6 +79,7 @@ class ForwardScalars(NamedTuple):
     grid: Int32
     section_heads: Int32
     section_tiles: Int32
+    tiles_per_split: Int32 = Int32(0)  # read where the kernel was compiled with splits
 
 
 def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:
@@ -93,23 +98,38 @@ def window_of(spec: ForwardSpec, scalars: ForwardScalars) -> Window:
         right = Int32(0)
     elif const_expr(spec.window_right):
         right = scalars.window_right
-    return Window(scalars.window_left if const_expr(spec.window_left) else None, right)
+    left = scalars.window_left if const_expr(spec.window_left) else None
+    return Window(left, right, scalars.tiles_per_split if const_expr(spec.splits) else None)
 
 
-def tile_order(spec: ForwardSpec, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource) -> TileOrder:
+def num_tile_heads(spec: ForwardSpec, tensors: ForwardTensors) -> Int32:
+    """Query tiles of a range of tokens: one a query head, or one a KV head where query heads are packed."""
     heads = cute.size(tensors.q, mode=[cute.rank(tensors.q) - 2])
+    return heads // spec.qheads_per_kvhead if spec.packed else heads
+
+
+def tile_order(
+    spec: ForwardSpec, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource
+) -> TileOrder | PlannedOrder:
+    heads = num_tile_heads(spec, tensors)
+    longest_first = spec.causal or spec.window_right
+    if const_expr(tensors.work is not None):
+        return PlannedOrder.create(source, tensors.work, heads, longest_first)
     return TileOrder(
         source,
-        heads // spec.qheads_per_kvhead if spec.packed else heads,
+        heads,
         scalars.num_tiles,
         scalars.section_heads,
         scalars.section_tiles,
         spec.tokens_per_tile,
-        longest_first=spec.causal or spec.window_right,
+        longest_first,
     )
 
 
 def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
-    """KV tiles that the queries of a work tile see."""
+    """KV tiles that the queries of a work tile see, or the part of them that its split has."""
     tokens = spec.tokens_per_tile
-    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
+    visible = KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
+    if const_expr(spec.splits):
+        return visible.of_split(work.split, work.num_splits, window.tiles_per_split)
+    return visible

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_attn_cute import launch, prepared_calls
 from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.scheduler_metadata import SchedulerMetadata
 
 BACKENDS = ("auto", "cute", "emulator", "reference")
 NO_BACKWARD = (
@@ -73,7 +74,12 @@ def flash_attn_varlen_func(
     softcap: c > 0 makes a score c * tanh(score / c).
     learnable_sink: (H,) logits that join the softmax and have no value.
     pack_gqa: put the query heads of a KV head into one query tile; None chooses. It never changes the result.
+    num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n.
+        Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is given.
+    seqlen_k_per_split: keys between absolute split boundaries, rounded up to whole KV tiles, whatever the batch.
     scheduler: "auto", "single_tile", "static" or "dynamic". It never changes the result.
+    scheduler_metadata: a plan from `get_scheduler_metadata`, for any number of calls of the same lengths; None plans
+        where splits are asked for; False never plans, and then nothing is split. A plan alone changes no bits.
     deterministic: the forward is always bitwise reproducible; accepted for callers that ask.
     return_lse: also return the log-sum-exp of each row, natural logarithm, float32: (H, total_q) or (B, H, Sq).
     out: where to write, as q with Dv.
@@ -142,14 +148,14 @@ def flash_attn_varlen_func(
         pack_gqa,
         deterministic,
         scheduler,
-        scheduler_metadata,
+        scheduler_metadata.shape if isinstance(scheduler_metadata, SchedulerMetadata) else scheduler_metadata,
         return_lse,
         backend,
     )
     signature = prepared_calls.signature(tensors, options)
     prepared = prepared_calls.find(signature)
     if prepared is not None and not _wants_gradients(tensors):
-        out, lse = prepared.run(tensors)
+        out, lse = prepared.run(tensors, scheduler_metadata)
         return (out, lse) if return_lse else out
     problem = Problem.from_arguments(
         tensors,
@@ -166,9 +172,10 @@ def flash_attn_varlen_func(
         scheduler=scheduler,
         return_lse=return_lse,
     )
-    if scheduler_metadata is not None and scheduler_metadata is not False:
-        raise NotImplementedError("scheduler_metadata: planning on the device is not built yet")
-    out, lse = _attend(tensors, problem, backend, signature)
+    if not isinstance(scheduler_metadata, SchedulerMetadata) and scheduler_metadata not in (None, False):
+        takes = "a SchedulerMetadata, None or False"
+        raise TypeError(f"scheduler_metadata: got {type(scheduler_metadata).__name__}; takes {takes}")
+    out, lse = _attend(tensors, problem, backend, scheduler_metadata, signature)
     return (out, lse) if return_lse else out
 
 
@@ -203,8 +210,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
         raise TypeError("supports: got an argument twice or too many positional ones; takes those of the call itself")
     named = dict(zip(positional, args, strict=True)) | options
     tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in AttentionTensors._fields[3:]})
-    if named.pop("scheduler_metadata", None) not in (None, False):
-        return Support(False, "scheduler_metadata")
+    named.pop("scheduler_metadata", None)
     problem = Problem.from_arguments(tensors, **named)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
     if chosen != "reference" and _wants_gradients(tensors):
@@ -303,7 +309,11 @@ def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple
 
 
 def _attend(
-    tensors: AttentionTensors, problem: Problem, backend: str, signature: tuple | None
+    tensors: AttentionTensors,
+    problem: Problem,
+    backend: str,
+    metadata: SchedulerMetadata | bool | None,
+    signature: tuple | None,
 ) -> tuple[Tensor, Tensor | None]:
     chosen, reason = _choose(problem, backend, _capability_of(tensors.q))
     if chosen is None:
@@ -320,10 +330,10 @@ def _attend(
     if chosen == "emulator":
         from flash_attn_cute.emulator import backend as emulator
 
-        return emulator.run(tensors, problem)
-    prepared = launch.PreparedLaunch.of(tensors, problem)
+        return emulator.run(tensors, problem, metadata)
+    prepared = launch.PreparedLaunch.of(tensors, problem, metadata)
     prepared_calls.keep(signature, prepared)
-    return prepared.run(tensors)
+    return prepared.run(tensors, metadata)
 
 
 _capabilities: dict[torch.device, tuple[int, int] | str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
+from flash_attn_cute.launch_combine import PlannedCombine
+from flash_attn_cute.plan import PlanParameters
 from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.scheduler_metadata import (
+    UNBOUNDED,
+    BatchShape,
+    LengthTensors,
+    SchedulerMetadata,
+    batch_shape,
+    plan_batch,
+)
 from flash_attn_cute.tuning import forward_tile, packed_rows, packs_heads, section_of_tiles
 
 # Compute capability -> what its kernel is compiled for.
 ARCHITECTURES = {(9, 0): "sm_90a"}
 TMA_ALIGNMENT = 16
-UNBOUNDED = 1 << 30  # a window side this large sees everything, and sums of two still fit in int32
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -35,10 +45,6 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "key_mask"
     if problem.key_bias_heads is not None:
         return "key_bias"
-    if problem.seqlen_k_per_split is not None:
-        return "seqlen_k_per_split"
-    if problem.num_splits > 1:
-        return f"num_splits={problem.num_splits}"
     if problem.scheduler == "clc":
         return "scheduler='clc'"
     if problem.softmax_scale <= 0.0:
@@ -69,11 +75,13 @@ class KernelKey(NamedTuple):
     sink: str | None
     lse: bool
     dynamic: bool
+    planned: bool = False
+    splits: bool = False
 
     def is_uneven(self) -> bool:
         """Whether tiles differ in work, so that handing them out as CTAs get free pays."""
         masked = self.causal or self.window_left or self.window_right
-        return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k
+        return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k or self.splits
 
     @classmethod
     def of(cls, p: Problem, architecture: str, packed: bool, dynamic: bool) -> KernelKey:
@@ -121,8 +129,11 @@ def _target(index: int) -> Target:
     return Target(ARCHITECTURES[(device.major, device.minor)], device.multi_processor_count)
 
 
-def plan(problem: Problem, target: Target) -> Plan:
-    """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch."""
+def plan(problem: Problem, target: Target, parameters: PlanParameters | None = None) -> Plan:
+    """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch.
+
+    parameters: those of the batch's plan on the device, where it has one.
+    """
     p, num_sms = problem, target.num_sms
     tile = forward_tile(target.architecture, p.head_dim, p.head_dim_v)
     group = p.qheads_per_kvhead
@@ -138,6 +149,10 @@ def plan(problem: Problem, target: Target) -> Plan:
     else:
         num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
     key = KernelKey.of(p, target.architecture, packed=packed, dynamic=p.scheduler == "dynamic")
+    if parameters is not None:
+        slots = parameters.slots_bound(num_tiles)
+        key = key._replace(planned=True, splits=slots > 0)
+        num_tiles += slots
     if p.scheduler == "auto":
         # By what is asked and not by how much: a size that compiled another kernel would surprise a graph capture.
         key = key._replace(dynamic=key.is_uneven())
@@ -154,6 +169,7 @@ def compile_kernel(key: KernelKey) -> Any:
 
     from flash_attn_cute.forward_sm90 import ForwardSm90
     from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
+    from flash_attn_cute.tile_scheduler import PlannedWork
 
     types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
     dtype, tile = types[key.dtype], forward_tile(key.architecture, key.head_dim, key.head_dim_v)
@@ -166,6 +182,11 @@ def compile_kernel(key: KernelKey) -> Any:
 
     def optional(present, element, *shape):
         return tensor(element, *shape) if present else None
+
+    def compact(element, *shape):
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
+        return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=16)
 
     rank_q, rank_k = (None,) * (2 if key.varlen_q else 3), (None,) * (2 if key.varlen_k else 3)
     tensors = ForwardTensors(
@@ -180,16 +201,28 @@ def compile_kernel(key: KernelKey) -> Any:
         seqused_k=optional(key.seqused_k, Int32, None),
         sink=optional(key.sink is not None, types.get(key.sink), None),
         semaphore=optional(key.dynamic, Int32, 2),
+        partial=compact(Float32, None, tile.tile_m, key.head_dim_v) if key.splits else None,
+        lse_partial=compact(Float32, None, tile.tile_m) if key.splits else None,
+        work=PlannedWork(compact(Int32, None, 4), *(tensor(Int32, None) for _ in range(2)), compact(Int32, 4))
+        if key.planned
+        else None,
     )
     rows = packed_rows(key.qheads_per_kvhead, tile.tile_m) if key.packed else 1
     spec = ForwardSpec(
-        dtype, tile, key.qheads_per_kvhead, rows, key.causal, key.window_left, key.window_right, key.softcap
+        dtype,
+        tile,
+        key.qheads_per_kvhead,
+        rows,
+        key.causal,
+        key.window_left,
+        key.window_right,
+        key.softcap,
+        key.splits,
     )
-    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in range(7)))
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in ForwardScalars._fields[2:]))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(
-        ForwardSm90(spec), tensors, scalars, stream, options=f"--enable-tvm-ffi --gpu-arch {key.architecture}"
-    )
+    options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
+    return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options=options)
 
 
 SEMAPHORES_A_BLOCK = 512
@@ -257,12 +290,21 @@ class PreparedLaunch(NamedTuple):
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
     strides_suit: tuple[bool, bool, bool]  # of q, k and v, for TMA
+    planning: BatchShape | None
+    combine: PlannedCombine | None  # where the plan may split
 
     @classmethod
-    def of(cls, tensors: AttentionTensors, problem: Problem) -> PreparedLaunch:
-        """The caller has asked `unsupported`. Compiles the kernel if that has not been done."""
+    def of(
+        cls, tensors: AttentionTensors, problem: Problem, metadata: SchedulerMetadata | bool | None = None
+    ) -> PreparedLaunch:
+        """The caller has asked `unsupported`. Compiles kernels if that has not been done.
+
+        Raises ValueError if `metadata` is of another call than this.
+        """
         t, p = tensors, problem
-        planned = plan(p, _target(t.q.device.index))
+        target = _target(t.q.device.index)
+        planning = batch_shape(p, target, metadata)
+        planned = plan(p, target, planning and planning.parameters)
         scalars = (
             p.softmax_scale,
             p.softcap,
@@ -273,20 +315,39 @@ class PreparedLaunch(NamedTuple):
             planned.grid,
             planned.section_heads,
             planned.section_tiles,
+            planning.parameters.tiles_per_split if planning else 0,
         )
-        is_empty = 0 in p.out_shape
+        function = combine = None
+        if 0 not in p.out_shape:
+            function = cache.get(planned.key, functools.partial(compile_kernel, planned.key))
+        if function is not None and planned.key.splits:
+            combine = PlannedCombine.prepare(
+                planning,
+                forward_tile(target.architecture, p.head_dim, p.head_dim_v).tile_m,
+                p.out_shape,
+                p.dtype,
+                t.q.device,
+                seqused=p.has_seqused_q,
+                sink_dtype=p.sink_dtype,
+                has_lse=p.return_lse,
+            )
         return cls(
-            None if is_empty else cache.get(planned.key, functools.partial(compile_kernel, planned.key)),
+            function,
             scalars,
             planned.key.dynamic,
             p.dtype,
             p.out_shape,
             p.lse_shape if p.return_lse else None,
             tuple(map(_strides_suit_tma, (t.q, t.k, t.v))),
+            planning,
+            combine,
         )
 
-    def run(self, tensors: AttentionTensors) -> tuple[Tensor, Tensor | None]:
-        """Launches on the current stream; returns (out, lse)."""
+    def run(
+        self, tensors: AttentionTensors, metadata: SchedulerMetadata | bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Launches on the current stream; returns (out, lse). metadata: the same as when it was prepared, or one of the
+        same parameters."""
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _, sink, _, _, given = tensors
         device = q.device
         out = torch.empty(self.out_shape, dtype=self.dtype, device=device) if given is None else given
@@ -301,10 +362,21 @@ class PreparedLaunch(NamedTuple):
         target = out
         if given is not None and not (_strides_suit_tma(out) and out.data_ptr() % TMA_ALIGNMENT == 0):
             target = torch.empty_like(out, memory_format=torch.contiguous_format)
-        semaphore = _semaphore(device) if self.is_dynamic else None
-        self.function(
-            (q, k, v, target, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, sink, semaphore), self.scalars
-        )
+        work = semaphore = None
+        if self.planning is not None:
+            if not metadata:
+                lengths = LengthTensors(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+                metadata = plan_batch(lengths, self.planning.extents, self.planning.parameters, "cute", device)
+            work, semaphore = metadata.work, metadata.tile_count_semaphore
+        if not self.is_dynamic:
+            semaphore = None
+        elif semaphore is None:
+            semaphore = _semaphore(device)
+        workspace = (None, None) if self.combine is None else self.combine.workspace(device)
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work), self.scalars)
+        if self.combine is not None:
+            self.combine.run(metadata, workspace, target, lse, cu_seqlens_q, seqused_q, sink)
         if target is not out:
             out.copy_(target)
         return out, lse

@@ -12,13 +12,15 @@ from torch import Tensor
 from flash_attn_cute.compile_cache import cache
 
 if TYPE_CHECKING:
-    from flash_attn_cute.scheduler_metadata import SchedulerMetadata
+    from flash_attn_cute.scheduler_metadata import BatchShape, SchedulerMetadata
 
 MAX_SPLITS = 256
 MAX_ROWS = 2**31 - 2**16  # rows are numbered in int32, and the last step of a grid goes past them
 # Above this many splits a row is shared by a whole CTA: a warp alone would take too many memory latencies in a row.
 SPLITS_FOR_ONE_WARP = 16
 CTAS_PER_SM = 16  # of 128 threads: 2048 threads are resident
+# Rows of a split tile that are merged at once. Most plans split little or nothing, and then CTAs only come and go.
+PLANNED_CTAS_PER_SM = 4
 BACKENDS = ("auto", "cute", "emulator", "reference")
 
 _OUT_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -339,51 +341,73 @@ class Workspace(NamedTuple):
     out: Tensor  # (slots, rows of a work tile, Dv) float32
     lse: Tensor  # (slots, rows of a work tile) float32, natural logarithm, -inf where a row saw no key
 
-    @staticmethod
-    def allocate(metadata: SchedulerMetadata, tile_rows: int, head_dim_v: int) -> Workspace:
-        """As large as any plan in these shapes can ask for."""
-        slots, device = metadata.slots_bound, metadata.entries.device
-        out = torch.empty(slots, tile_rows, head_dim_v, dtype=torch.float32, device=device)
-        return Workspace(out, torch.empty(slots, tile_rows, dtype=torch.float32, device=device))
 
+class PlannedCombine(NamedTuple):
+    """What merges the split sequences of plans of one shape: compiled, with the sizes of workspace and launch."""
 
-def combine_planned(
-    metadata: SchedulerMetadata,
-    workspace: Workspace,
-    out: Tensor,
-    lse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    seqused_q: Tensor | None,
-    learnable_sink: Tensor | None,
-) -> None:
-    """Merges the partial results of the split sequences of a plan into out and lse; nothing else is touched.
+    function: Any
+    grid: tuple[int, int]
+    slots: int
+    tile_rows: int
+    head_dim_v: int
 
-    On the current stream of a CUDA device, behind the forward launch that filled the workspace. out: (total_q, H, Dv)
-    or (B, Sq, H, Dv) with rows at multiples of four elements; lse: (H, total_q) or (B, H, Sq) float32 or None.
-    """
-    if metadata.slots_bound == 0 or out.numel() == 0:
-        return
-    p, device = metadata.parameters, out.device
-    # A head of the plan is split over its slots alone, so this many splits are the most that a row can have.
-    most_splits = min(p.max_splits, metadata.slots_bound // p.heads)
-    key = PlannedCombineKey(
-        architecture_of(device),
-        "combine_planned",
-        _OUT_DTYPES[out.dtype],
-        out.shape[-1],
-        cu_seqlens_q is not None,
-        seqused_q is not None,
-        None if learnable_sink is None else _OUT_DTYPES[learnable_sink.dtype],
-        lse is not None,
-        1 if most_splits <= SPLITS_FOR_ONE_WARP else 4,
-        out.shape[-2] // p.heads,
-        workspace.out.shape[1] // p.tokens_per_tile,
-    )
-    function = cache.get(key, functools.partial(compile_planned_kernel, key))
-    # A split query tile has two slots at least.
-    grid_x = min(metadata.slots_bound // 2, metadata.tiles_bound, _num_sms(device.index))
-    work = (metadata.entries, metadata.cu_total_m_blocks, metadata.cu_total_splits_m_blocks, metadata.summary)
-    function((*workspace, out, lse, cu_seqlens_q, seqused_q, learnable_sink, work), max(grid_x, 1), CTAS_PER_SM)
+    @classmethod
+    def prepare(
+        cls,
+        shape: BatchShape,
+        tile_rows: int,
+        out_shape: tuple[int, ...],
+        out_dtype: torch.dtype,
+        device: torch.device,
+        *,
+        seqused: bool,
+        sink_dtype: torch.dtype | None,
+        has_lse: bool,
+    ) -> PlannedCombine:
+        """out_shape: (total_q, H, Dv) or (B, Sq, H, Dv). Compiles the kernel if that has not been done."""
+        p, slots = shape.parameters, shape.slots_bound
+        # A head of the plan is split over its slots alone, so this many splits are the most that a row can have.
+        most_splits = min(p.max_splits, slots // p.heads)
+        key = PlannedCombineKey(
+            architecture_of(device),
+            "combine_planned",
+            _OUT_DTYPES[out_dtype],
+            out_shape[-1],
+            shape.packed_q,
+            seqused,
+            _OUT_DTYPES.get(sink_dtype),
+            has_lse,
+            1 if most_splits <= SPLITS_FOR_ONE_WARP else 4,
+            out_shape[-2] // p.heads,
+            tile_rows // p.tokens_per_tile,
+        )
+        function = cache.get(key, functools.partial(compile_planned_kernel, key))
+        # A split query tile has two slots at least.
+        grid_x = max(min(slots // 2, shape.tiles_bound, _num_sms(device.index)), 1)
+        return cls(function, (grid_x, PLANNED_CTAS_PER_SM), slots, tile_rows, out_shape[-1])
+
+    def workspace(self, device: torch.device) -> Workspace:
+        """As large as any plan of the shape can ask for."""
+        out = torch.empty(self.slots, self.tile_rows, self.head_dim_v, dtype=torch.float32, device=device)
+        return Workspace(out, torch.empty(self.slots, self.tile_rows, dtype=torch.float32, device=device))
+
+    def run(
+        self,
+        metadata: SchedulerMetadata,
+        workspace: Workspace,
+        out: Tensor,
+        lse: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        seqused_q: Tensor | None,
+        learnable_sink: Tensor | None,
+    ) -> None:
+        """Merges the partial results of the split sequences of a plan into out and lse; nothing else is touched.
+
+        On the current stream of a CUDA device, behind the forward launch that filled the workspace. out: (total_q, H,
+        Dv) or (B, Sq, H, Dv) with rows at multiples of four elements; lse: (H, total_q) or (B, H, Sq) float32 or None.
+        """
+        tensors = (*workspace, out, lse, cu_seqlens_q, seqused_q, learnable_sink, metadata.work)
+        self.function(tensors, *self.grid)
 
 
 def compile_planned_kernel(key: PlannedCombineKey) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +14,7 @@ from flash_attn_cute import tuning
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.launch_combine import architecture_of
 from flash_attn_cute.plan import MAX_SPLITS, Lengths, PlanParameters, plan_sequences
-from flash_attn_cute.problem import INT32_MAX
+from flash_attn_cute.problem import INT32_MAX, Problem
 
 UNBOUNDED = 1 << 30
 MAX_BATCH = 32766
@@ -80,14 +79,85 @@ class SchedulerMetadata:
         return self.entries[: self.extents.batch_size, 3]
 
     @property
+    def work(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What kernels read of it: tile_scheduler.PlannedWork."""
+        return self.entries, self.cu_total_m_blocks, self.cu_total_splits_m_blocks, self.summary
+
+    @property
+    def shape(self) -> BatchShape:
+        return BatchShape(self.parameters, self.extents, self.packed_q)
+
+    @property
     def tiles_bound(self) -> int:
         """The most query tiles, of all heads, that a batch in these shapes can have."""
-        return tiles_bound(self.parameters, self.extents, self.packed_q)
+        return self.shape.tiles_bound
 
     @property
     def slots_bound(self) -> int:
         """The most partial results that a plan in these shapes can ask for: the size of the workspace."""
+        return self.shape.slots_bound
+
+
+class BatchShape(NamedTuple):
+    """Everything that the host knows of a plan: what is asked, in which shapes."""
+
+    parameters: PlanParameters
+    extents: Extents
+    packed_q: bool
+
+    @property
+    def tiles_bound(self) -> int:
+        return tiles_bound(self.parameters, self.extents, self.packed_q)
+
+    @property
+    def slots_bound(self) -> int:
         return self.parameters.slots_bound(self.tiles_bound)
+
+
+def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | bool | None) -> BatchShape | None:
+    """What a call's plan is made from, or None where it goes without one.
+
+    metadata: a plan made before, None to decide, False for none. target: has `architecture` and `num_sms`.
+    Raises ValueError where `metadata` was made for another call.
+    """
+    p = problem
+    if metadata is False and p.seqlen_k_per_split is not None:
+        _fail("scheduler_metadata", "False with seqlen_k_per_split", "None or a plan: without one nothing is split")
+    if not metadata and (metadata is False or (p.num_splits == 1 and p.seqlen_k_per_split is None)):
+        return None
+    shape = _Shape(p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v)
+    given = metadata.parameters if metadata else None
+    l2_bytes = 0 if given else _l2_bytes(torch.device(p.device_type))
+    parameters = _parameters(
+        shape,
+        _Target("cute", target.architecture, given.num_sms if given else target.num_sms, l2_bytes),
+        p.total_q / max(p.batch_size, 1),
+        (_side(p.window_left), _side(p.window_right)),
+        p.num_splits,
+        p.seqlen_k_per_split,
+        p.pack_gqa,
+        p.seqlen_k_bound,
+    )
+    extents = Extents(p.batch_size, p.total_q if p.q_packed else p.seqlen_q, p.seqlen_k or 0)
+    if given is None:
+        return BatchShape(parameters, extents, p.q_packed)
+    _check_belongs(metadata, parameters, extents, p.q_packed)
+    return metadata.shape
+
+
+def _check_belongs(metadata: SchedulerMetadata, parameters: PlanParameters, extents: Extents, packed_q: bool) -> None:
+    given = metadata.parameters
+    for name in ("heads", "heads_per_kv_load", "tokens_per_tile", "tile_n", "window_left", "window_right"):
+        if getattr(given, name) != getattr(parameters, name):
+            got = f"a plan with {name}={getattr(given, name)}"
+            _fail("scheduler_metadata", got, f"{name}={getattr(parameters, name)} here")
+    if metadata.extents[:2] != extents[:2] or metadata.packed_q != packed_q:
+        got = f"a plan of {metadata.extents.batch_size} sequences, {metadata.extents.rows_q} rows of q"
+        _fail("scheduler_metadata", got, f"{extents.batch_size} sequences, {extents.rows_q} rows here")
+    if given.max_splits > parameters.max_splits or given.tiles_per_split != parameters.tiles_per_split:
+        got = f"a plan of up to {given.max_splits} splits, {given.tiles_per_split} KV tiles apart"
+        takes = f"at most {parameters.max_splits}, {parameters.tiles_per_split} apart, as this call's num_splits and "
+        _fail("scheduler_metadata", got, takes + "seqlen_k_per_split say")
 
 
 def tiles_bound(p: PlanParameters, extents: Extents, packed_q: bool) -> int:
@@ -210,8 +280,12 @@ def _window(window_size: tuple[int | None, int | None], causal: bool) -> tuple[i
         left, right = window_size
     except (TypeError, ValueError):
         _fail("window_size", f"{window_size!r}", "a pair (left, right) of ints or None", TypeError)
-    left, right = (UNBOUNDED if side is None or side < 0 else min(side, UNBOUNDED) for side in (left, right))
+    left, right = (_side(None if side is None or side < 0 else side) for side in (left, right))
     return left, 0 if causal else right
+
+
+def _side(side: int | None) -> int:
+    return UNBOUNDED if side is None else min(side, UNBOUNDED)
 
 
 def _parameters(
@@ -262,9 +336,8 @@ def _parameters(
 
 def _target(device: torch.device, backend: str, num_sms: int | None) -> _Target:
     if device.type == "cuda" and backend != "reference":
-        properties = torch.cuda.get_device_properties(device)
-        l2_bytes = getattr(properties, "L2_cache_size", 0)
-        return _Target("cute", architecture_of(device), num_sms or properties.multi_processor_count, l2_bytes)
+        num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        return _Target("cute", architecture_of(device), num_sms, _l2_bytes(device))
     if backend == "cute":
         raise NotImplementedError(f"backend='cute' on device type {device.type}: the kernel needs a CUDA device")
     # Where there is no GPU: an H200, unless the emulator says otherwise.
@@ -275,6 +348,11 @@ def _target(device: torch.device, backend: str, num_sms: int | None) -> _Target:
         architecture = emulator.architecture()
     chosen = "emulator" if backend == "emulator" else "reference"
     return _Target(chosen, architecture, num_sms or 132, 60 << 20)
+
+
+@functools.cache
+def _l2_bytes(device: torch.device) -> int:
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
 
 
 def plan_batch(
@@ -354,15 +432,8 @@ class PlanKey(NamedTuple):
     cu_seqlens_k: bool
     seqused_q: bool
     seqused_k: bool
-    splitting: str
     ctas: int
-    warps: int
     items: int
-
-
-# (CTAs of the cluster, warps a CTA, sequences a thread), by capacity. Instructions are what a plan is made of, and more
-# warps repeat those that a warp does once; a cluster's barriers cost about as much as planning a thousand sequences.
-GROUPS = ((1, 8, 1), (1, 16, 2), (8, 16, 2), (8, 16, 8))
 
 
 def compile_kernel(key: PlanKey) -> Any:
@@ -370,7 +441,6 @@ def compile_kernel(key: PlanKey) -> Any:
     import cutlass.cute as cute
     from cutlass import Int32
 
-    from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.prepare_scheduler_metadata import (
         PlanScalars,
         PlanSpec,
@@ -390,52 +460,37 @@ def compile_kernel(key: PlanKey) -> Any:
         vector(size=4),
         vector(size=2),
     )
-    scalars = PlanScalars(
-        *(Divisor(Int32(1), Int32(1)) if name.startswith("by_") else Int32(1) for name in PlanScalars._fields)
-    )
+    scalars = PlanScalars(*(Int32(1) for _ in PlanScalars._fields))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    kernel = PrepareSchedulerMetadata(PlanSpec(*key[-4:]))
+    kernel = PrepareSchedulerMetadata(PlanSpec(key.ctas, key.items))
     return cute.compile(kernel, tensors, scalars, stream, options=f"--enable-tvm-ffi --gpu-arch {key.architecture}")
 
 
 def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
     """Launches on the current stream."""
+    from flash_attn_cute.prepare_scheduler_metadata import SPECS
+
     p, entries = metadata.parameters, metadata.entries
-    count = entries.shape[0]
-    ctas, warps, items = next(group for group in GROUPS if count <= 32 * math.prod(group))
-    warp_share = -(-count // (32 * ctas * warps)) * 32
+    spec = next(spec for spec in SPECS if entries.shape[0] <= spec.capacity)
     device = next((tensor.device for tensor in lengths if tensor is not None), entries.device)
-    splitting = "whole" if p.max_splits == 1 else "fixed" if p.tiles_per_split else "by_load"
     present = (tensor is not None for tensor in lengths)
-    key = PlanKey(architecture_of(device), "plan", *present, splitting, ctas, warps, items)
+    key = PlanKey(architecture_of(device), "plan", *present, spec.ctas, spec.items)
     function = cache.get(key, functools.partial(compile_kernel, key))
     function(
         (*lengths, entries, *_sums(metadata), metadata.summary, metadata.tile_count_semaphore),
         (
             *metadata.extents,
-            warp_share,
-            _divisor(warp_share * warps),
             p.heads,
             p.heads_per_kv_load,
             p.tokens_per_tile,
-            _divisor(p.tokens_per_tile),
             p.tile_n,
-            _divisor(p.tile_n),
             p.window_left,
             p.window_right,
             p.num_sms,
             p.max_splits,
             p.tiles_per_split,
-            _divisor(max(p.tiles_per_split, 1)),
             p.section_heads,
             p.section_tiles,
-            min(p.l2_keys * p.heads_per_kv_load, INT32_MAX),
+            p.l2_keys,
         ),
     )
-
-
-def _divisor(d: int) -> tuple[int, int]:
-    """The fields of a device.divisor.Divisor."""
-    shift = (d - 1).bit_length()
-    multiplier = (1 << (31 + shift)) // d + 1
-    return multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift

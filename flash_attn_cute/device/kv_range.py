@@ -14,10 +14,15 @@ from flash_attn_cute.device.seqlens import Seqlens
 
 
 class Window(NamedTuple):
-    """How far row i of a sequence sees around key i + len_k - len_q; None is unbounded on that side."""
+    """How far row i of a sequence sees around key i + len_k - len_q; None is unbounded on that side.
+
+    tiles_per_split says where the splits of a work tile divide what its rows see, as in `KvRange.of_split`; None where
+    the kernel was compiled without splits.
+    """
 
     left: Int32 | None
     right: Int32 | None
+    tiles_per_split: Int32 | None = None
 
 
 class KvRange(NamedTuple):
@@ -46,6 +51,24 @@ class KvRange(NamedTuple):
             full_first = (cutlass.max(last_token + diagonal - window.left, 0) + tile_n - 1) // tile_n
         end = end if first_token < seqlens.len_q else Int32(0)
         return KvRange(first, end, full_first, full_end)
+
+    @cute.jit
+    def of_split(self, split: Int32, num_splits: Int32, tiles_per_split: Int32):
+        """The part of the range that split `split` of `num_splits` has; it may be empty.
+
+        tiles_per_split > 0 sets boundaries at its multiples from absolute key 0, so that they depend on nothing else
+        (the last split takes what is left); 0 divides the range itself into parts of equal size.
+        """
+        first, end = self.first, self.end
+        if tiles_per_split > 0:
+            first = cutlass.max(first, split * tiles_per_split)
+            if split + 1 < num_splits:
+                end = cutlass.min(end, (split + 1) * tiles_per_split)
+        else:
+            part = (self.num_tiles() + num_splits - 1) // num_splits
+            first = first + split * part
+            end = cutlass.min(end, first + part)
+        return KvRange(first, end, self.full_first, self.full_end)
 
     def num_tiles(self):
         return cutlass.max(self.end - self.first, 0)

@@ -29,6 +29,18 @@ class RowPlace(NamedTuple):
     is_row: Boolean  # whether the tile owns it
     is_query: Boolean  # whether it is a query and not padding
 
+    @staticmethod
+    @cute.jit
+    def of(spec, work, seqlens: Seqlens, row: Int32):
+        """Where row `row` of a query tile goes. A token may take more rows than it has heads: those go nowhere."""
+        token = work.m_block * spec.tokens_per_tile + row // spec.rows_per_token
+        head, is_row = work.head, token < seqlens.rows_q
+        if const_expr(spec.packed):
+            in_group = row % spec.rows_per_token
+            head = work.head * spec.qheads_per_kvhead + in_group
+            is_row = is_row and in_group < spec.qheads_per_kvhead
+        return RowPlace(work.batch, seqlens.offset_q + token, head, is_row, token < seqlens.len_q)
+
 
 @dataclass(frozen=True)
 class OutputRows:
@@ -89,6 +101,27 @@ class OutputRows:
                             cute.autovec_copy(chunks[i], out_chunks[None, column])
                 _store_lse(tensors.lse, place, lse)
 
+    @cute.jit
+    def write_partial(self, o: cute.Tensor, softmax: OnlineSoftmax, seqlens: Seqlens, slot: Int32, tensors):
+        """Normalises both rows and writes them, with their log-sum-exp, where the combine kernel looks for them.
+
+        The sink, which counts once a row, is left to the combine kernel, and so are rows that are no queries.
+        """
+        lane = cute.arch.lane_idx() % QUAD
+        for r in cutlass.range_constexpr(2):
+            place, row = self.place(r, seqlens), self.first_row + ROW_STEP * r
+            factor, lse = softmax.finish(r, None)
+            if place.is_row and place.is_query:
+                pairs = cute.logical_divide(tensors.partial[slot, row, None], cute.make_layout(2))
+                for j in cutlass.range_constexpr(cute.size(pairs, mode=[1]) // QUAD):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    for c in cutlass.range_constexpr(2):
+                        # A factor of 0 says that nothing was seen.
+                        pair[c] = _select(factor == 0.0, Float32(0.0), o[4 * j + 2 * r + c] * factor)
+                    cute.autovec_copy(pair, pairs[None, QUAD * j + lane])
+                if lane == 0:
+                    tensors.lse_partial[slot, row] = lse
+
     @staticmethod
     def _chunks(o: cute.Tensor, r: int, factor: Float32, dtype, lane: Int32):
         """Row r in the output type: chunk i holds columns 8 * (4i + lane) .. + 8 after the exchange within the quad.
@@ -133,6 +166,13 @@ def clear_rows(spec, work, seqlens: Seqlens, tensors):
                 if const_expr(tensors.sink is not None):
                     lse = tensors.sink[place.head].to(Float32) if place.is_query else lse
                 _store_lse(tensors.lse, place, lse)
+
+
+@cute.jit
+def clear_partial(spec, slot: Int32, tensors):
+    """One warp says of every row of a split that it saw no key; then nobody reads the row's output."""
+    for row in cutlass.range(cute.arch.lane_idx(), spec.tile.tile_m, 32):
+        tensors.lse_partial[slot, row] = -Float32.inf
 
 
 def _output_row(out: cute.Tensor, place: RowPlace) -> cute.Tensor:

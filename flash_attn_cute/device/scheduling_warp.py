@@ -1,17 +1,31 @@
 """The scheduling warp of a forward kernel: finds its CTA's tiles ahead of the other warps and sends them on."""
 
 import cutlass.cute as cute
+from cutlass import const_expr
 
 from flash_attn_cute.device.kv_range import Window
-from flash_attn_cute.device.output_rows import clear_rows
+from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
 from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range
-from flash_attn_cute.tile_scheduler import TileMailbox, TileOrder, TileScheduler, WorkTile
+from flash_attn_cute.tile_scheduler import PlannedOrder, TileMailbox, TileOrder, TileScheduler, WorkTile
 
 
 @cute.jit
-def schedule(spec: ForwardSpec, order: TileOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors):
+def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: ForwardTensors):
+    if const_expr(spec.splits):
+        if work.num_splits > 1:
+            clear_partial(spec, work.slot, tensors)
+        else:
+            clear_rows(spec, work, seqlens, tensors)
+    else:
+        clear_rows(spec, work, seqlens, tensors)
+
+
+@cute.jit
+def schedule(
+    spec: ForwardSpec, order: TileOrder | PlannedOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors
+):
     """Sends every tile of this CTA that sees a key, and at last `WorkTile.none()`. Tiles that see none it settles."""
     scheduler = TileScheduler(tensors.semaphore)
     position = MbarrierRing.start()
@@ -25,7 +39,7 @@ def schedule(spec: ForwardSpec, order: TileOrder, mailbox: TileMailbox, window: 
                 # Only now: a number taken early is work that an idle CTA cannot have.
                 mailbox.wait_sent(position, seqlens)
             else:
-                clear_rows(spec, work, seqlens, tensors)
+                _settle(spec, work, seqlens, tensors)
         number = scheduler.next(number)
     mailbox.send(position, WorkTile.none(), Seqlens.none())
     scheduler.finish()

@@ -42,7 +42,7 @@ def test_reference_backend_has_gradients():
         ({"backend": "fast"}, ValueError, "backend: got 'fast'; takes one of auto, cute, emulator, reference"),
         ({"backend": "triton"}, NotImplementedError, "backend='triton' is not built yet"),
         ({"backend": "cute"}, NotImplementedError, "device type cpu"),
-        ({"scheduler_metadata": object()}, NotImplementedError, "scheduler_metadata"),
+        ({"scheduler_metadata": object()}, TypeError, "scheduler_metadata: got object; takes a SchedulerMetadata"),
     ],
 )
 def test_what_is_not_there_is_refused(options, error, message):
@@ -57,12 +57,12 @@ def test_what_is_not_there_is_refused(options, error, message):
         ("cpu", {}, ""),
         ((10, 0), {}, "compute capability 10.0"),
         ((8, 0), {}, "compute capability 8.0"),
-        ((9, 0), {"num_splits": 4}, "num_splits=4"),
+        ((9, 0), {"scheduler": "clc"}, "scheduler='clc'"),
         ((9, 0), {"page_table": torch.zeros(3, 2, dtype=torch.int32)}, "page_table"),
         ((9, 0), {"backend": "triton"}, "not built"),
         ("cpu", {"backend": "emulator"}, ""),
         ((9, 0), {"backend": "emulator"}, "takes CPU tensors"),
-        ("cpu", {"backend": "emulator", "num_splits": 4}, "num_splits=4"),
+        ("cpu", {"backend": "emulator", "scheduler": "clc"}, "scheduler='clc'"),
     ],
 )
 def test_supports_says_why_not(device, options, reason):

@@ -110,8 +110,6 @@ def test_packed_rows_divide_the_tile(group, rows):
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"num_splits": 2}, "num_splits=2"),
-        ({"seqlen_k_per_split": 256}, "seqlen_k_per_split"),
         ({"scheduler": "clc"}, "clc"),
         ({"softmax_scale": -1.0}, "softmax_scale=-1.0"),
         ({"head_dim": 128, "head_dim_v": 64}, r"\(128, 64\)"),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flash_attn_cute.launch_combine import Workspace, combine_planned
+from flash_attn_cute.launch_combine import PlannedCombine
 from flash_attn_cute.plan import PlanParameters, plan_sequences, work_tiles
 from flash_attn_cute.reference import combine_reference
 from flash_attn_cute.scheduler_metadata import UNBOUNDED, Extents, LengthTensors, plan_batch, sequences_of
@@ -165,6 +165,13 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
     emulation.reschedule("in-order")
 
 
+def prepared_combine(metadata, tile_rows, out_shape, has_lse=True, **options) -> PlannedCombine:
+    device = metadata.entries.device
+    return PlannedCombine.prepare(
+        metadata.shape, tile_rows, out_shape, torch.bfloat16, device, has_lse=has_lse, **options
+    )
+
+
 @pytest.mark.parametrize("packed_heads", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, packed_heads):
@@ -182,7 +189,10 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
     if not is_packed:
         lengths, extents = LengthTensors(None, None, vector(used), vector(lengths_k)), Extents(5, 20, 90000)
     metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
-    workspace = Workspace.allocate(metadata, tokens * rows_per_token, dim)
+    combine = prepared_combine(
+        metadata, tokens * rows_per_token, (5, 20, heads * group, dim), seqused=True, sink_dtype=torch.float32
+    )
+    workspace = combine.workspace(torch.device("cuda"))
     generator = torch.Generator().manual_seed(1)
     # Slots and rows that belong to nobody hold NaN.
     workspace.out.fill_(float("nan"))
@@ -220,7 +230,7 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
     for schedule in ("in-order", "random", "delayed"):
         emulation.reschedule(schedule, seed=2)
         got, got_lse = out.clone(), lse.clone()
-        combine_planned(metadata, workspace, got, got_lse, lengths.cu_seqlens_q, lengths.seqused_q, sink)
+        combine.run(metadata, workspace, got, got_lse, lengths.cu_seqlens_q, lengths.seqused_q, sink)
         torch.testing.assert_close(got, expected_out, rtol=2**-7, atol=1e-6)
         torch.testing.assert_close(got_lse, expected_lse, rtol=1e-6, atol=4e-6)
     emulation.reschedule("in-order")
@@ -230,7 +240,7 @@ def test_nothing_is_merged_where_nothing_is_split(emulation):
     lengths, extents = decode([500] * 300)
     metadata = plan_batch(lengths, extents, parameters(), "cute", torch.device("cuda"))
     assert metadata.summary[0] == 0
-    workspace = Workspace.allocate(metadata, 32, 64)
-    out = torch.full((300, 1, 8, 64), -7.0, device="cuda")
-    combine_planned(metadata, workspace, out, None, None, None, None)
+    out = torch.full((300, 1, 8, 64), -7.0, dtype=torch.bfloat16, device="cuda")
+    combine = prepared_combine(metadata, 32, out.shape, seqused=False, sink_dtype=None, has_lse=False)
+    combine.run(metadata, combine.workspace(out.device), out, None, None, None, None)
     assert (out == -7.0).all()
