@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from flash_attn_cute.emulator.devices import ARCHITECTURES
-from flash_attn_cute.emulator.launch import SCHEDULES
+from flash_attn_cute.emulator.launch import CHECKS, SCHEDULES, EngineOptions
 
 
 def add_arguments(parser: Any, prefix: str, required: bool) -> None:
@@ -33,18 +33,26 @@ def add_arguments(parser: Any, prefix: str, required: bool) -> None:
     add(
         f"{prefix}check",
         dest="emulate_check",
+        type=_checks,
         default="default",
         metavar="A,B",
-        help="checks by name, 'default', 'all' or 'none'",
+        help=f"checks by name ({', '.join(CHECKS)}), 'default' (all but races), 'all' or 'none'",
     )
 
 
 def from_arguments(given: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `emulate`."""
-    names = frozenset(name.strip() for name in given.emulate_check.split(",") if name.strip())
     return {
         "schedule": given.emulate_schedule,
         "seed": given.emulate_seed,
         "sms": given.emulate_sms,
-        "checks": names - {"none"},
+        "checks": given.emulate_check,
     }
+
+
+def _checks(text: str) -> frozenset[str]:
+    names = frozenset(name.strip() for name in text.split(",") if name.strip())
+    try:
+        return EngineOptions(checks=names - {"none"}).checks
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

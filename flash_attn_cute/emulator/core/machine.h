@@ -389,6 +389,7 @@ void race_begin_tensor(Warp *w, const Instr *in, int loading);
 void race_touch_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, int lane, uint32_t flags);
 void race_touch_global(Machine *m, uint64_t address, uint64_t size, int lane, uint32_t flags);
 void race_touch_tensor(Machine *m, Cta *cta, uint32_t lane, uint32_t column, uint32_t count, uint32_t flags);
+int race_may_write(const Warp *w);
 void race_touch(Warp *w, uint64_t address, uint32_t size, int lane, uint32_t flags);
 void race_order(Warp *w, int lane, uint64_t address, uint32_t order, int write, int read);
 void race_mbarrier_init(Warp *w, const Instr *in, int lane, Cta *cta, uint32_t offset);

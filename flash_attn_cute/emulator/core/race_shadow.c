@@ -294,6 +294,13 @@ void race_touch_global(Machine *m, uint64_t address, uint64_t size, int lane, ui
     }
 }
 
+/* May anybody write where the warp accessed global memory just now? The bounds check has found that out, where it is on. */
+int race_may_write(const Warp *w)
+{
+    const Machine *m = w->machine;
+    return !(m->checks & CHECK_BOUNDS) || m->allocations[w->last_allocation].writable;
+}
+
 /* An access of a lane to an address of any kind; its own memory, and memory that nobody may write, cannot be raced for. */
 void race_touch(Warp *w, uint64_t address, uint32_t size, int lane, uint32_t flags)
 {
@@ -301,7 +308,7 @@ void race_touch(Warp *w, uint64_t address, uint32_t size, int lane, uint32_t fla
     uint64_t window = address >> 60;
     if (window == SHARED_WINDOW >> 60)
         race_touch_shared(m, &w->cta->cluster->ctas[(uint32_t)address >> 24], (uint32_t)address & SHARED_OFFSET_MASK, size, lane, flags);
-    else if (!window && m->allocations[w->last_allocation].writable)
+    else if (!window && race_may_write(w))
         race_touch_global(m, address, size, lane, flags);
 }
 

@@ -61,7 +61,7 @@ static uint8_t *global_or_fault(Machine *m, AsyncOp *op, uint64_t address, uint6
 /* The race check, for the global side of a bulk copy. */
 static void touch_global(Machine *m, const AsyncOp *op, uint64_t address, uint64_t size, int what)
 {
-    if (!m->races || !m->allocations[op->warp->last_allocation].writable)
+    if (!m->races || !race_may_write(op->warp))
         return;
     if (what == TMA_LOAD)
         race_touch_global(m, address, size, LANE_NONE, TOUCH_ASYNC);
