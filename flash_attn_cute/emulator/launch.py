@@ -69,11 +69,15 @@ class EngineOptions:
 
     def check_names(self) -> frozenset[str]:
         """The checks that are on, by their own names."""
-        unknown = self.checks - {*CHECKS, "default", "all"}
+        left_out = {name[1:] for name in self.checks if name.startswith("-")}
+        given = {name for name in self.checks if not name.startswith("-")} or ({"default"} if left_out else set())
+        unknown = (given - {*CHECKS, "default", "all"}) | (left_out - {*CHECKS})
         if unknown:
             known = ", ".join(("default", "all", *CHECKS))
             raise ValueError(f"checks: got {', '.join(sorted(unknown))}; takes names of {known}")
-        names = self.checks & {*CHECKS}
-        if "all" in self.checks:
+        names = given & {*CHECKS}
+        if "all" in given:
             names |= {*CHECKS}
-        return names | DEFAULT_CHECKS if "default" in self.checks else names
+        if "default" in given:
+            names |= DEFAULT_CHECKS
+        return frozenset(names - left_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flash_attn_cute.emulator import pretend_cuda, pretend_driver, pretend_tensors
+from flash_attn_cute.emulator import pretend_cuda, pretend_driver, pretend_operators, pretend_tensors
 from flash_attn_cute.emulator.capture import Capture
 from flash_attn_cute.emulator.devices import Device
 from flash_attn_cute.emulator.patching import Patches
@@ -13,6 +13,7 @@ def install(patches: Patches, capture: Capture, gpu: Device) -> None:
     pretend_driver.install(patches, gpu, capture)
     pretend_cuda.install(patches, gpu, capture.graphs)
     pretend_tensors.install(patches, capture)
+    pretend_operators.install(patches)
 
 
 def install_for_dsl(patches: Patches, gpu: Device) -> None:

@@ -173,7 +173,14 @@ def test_coordinates_of_a_tensor_copy(name, way):
 
 
 def test_checks_can_be_turned_off():
-    run("ld.shared.b32 %r2, [%r1+64];", checks=frozenset({"bounds"}))
+    reads = "ld.shared.b32 %r2, [%r1+64];"
+    run(reads, checks=frozenset({"bounds"}))
+    run(reads, checks=frozenset({"-uninitialised"}))
+    run(reads, checks=frozenset({"default", "-uninitialised"}))
+    with pytest.raises(errors.OutOfBounds):
+        run("ld.global.b32 %r2, [%rd0+256];", checks=frozenset({"-uninitialised"}))
+    with pytest.raises(ValueError, match="checks: got deadlocks; takes names of "):
+        run("", checks=frozenset({"-deadlocks"}))
 
 
 COPY = """mad.wide.u32 %rd1, %r0, 4, %rd0; shl.b32 %r2, %r0, 2; add.u32 %r2, %r1, %r2; st.shared.b32 [%r2], 0;

@@ -258,6 +258,32 @@ def test_graphs_repeat_what_torch_computes(tmp_path):
     run(program, tmp_path)
 
 
+def test_block_scaled_reference(tmp_path):
+    """torch._scaled_mm, against products of numbers that are scaled one by one."""
+    program = """
+    import torch
+
+    m, n, k = 130, 70, 320
+    rows, columns = [torch.randint(0, 256, (x, k // 2), dtype=torch.uint8) for x in (m, n)]
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    scales, numbers = [], []
+    for x in (rows, columns):
+        plain = torch.randint(1, 5, (len(x), k // 16)).float()
+        across, padded = -(-k // 16 // 4), -(-len(x) // 128)
+        ordered = torch.full((padded * across * 512,), 7.0)
+        for r in range(len(x)):
+            for c in range(k // 16):
+                ordered[(r // 128 * across + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = plain[r, c]
+        scales.append(ordered.to(torch.float8_e4m3fn).cuda())
+        codes = torch.stack([x & 15, x >> 4], 2).reshape(len(x), k).long()
+        numbers.append(table[codes] * plain.repeat_interleave(16, 1))
+    a, b = (x.cuda().view(torch.float4_e2m1fn_x2) for x in (rows, columns))
+    out = torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.float32)
+    assert out.is_cuda and torch.equal(out.cpu(), numbers[0] @ numbers[1].t())
+    """
+    run(program, tmp_path, arch="sm_100a")
+
+
 def test_one_architecture_a_process():
     program = """
     import torch

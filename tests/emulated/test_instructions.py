@@ -432,7 +432,7 @@ def test_byte_matrices_are_stored_transposed():
 
 
 def test_byte_matrices_are_loaded_transposed():
-    """ldmatrix.m16n16: register j of lane 4 g + t has bytes g and g + 8 of stored rows 4 t + 2 j and the next."""
+    """ldmatrix.m16n16: register j of lane 4 g + t has byte g + 8 j of stored rows 4 t to 4 t + 3."""
     given, out = rng.integers(0, 256, (32, 16), dtype=np.uint8), np.zeros((32, 16), np.uint8)
     body = """st.shared.v4.b32 [%r3], {%r4, %r5, %r6, %r7}; bar.warp.sync -1;
     ldmatrix.sync.aligned.m16n16.x2.trans.shared.b8 {%r4, %r5, %r6, %r7}, [%r3];
@@ -441,9 +441,8 @@ def test_byte_matrices_are_loaded_transposed():
     for lane in range(32):
         g, t = divmod(lane, 4)
         for j in range(4):
-            row = 16 * (j // 2) + 4 * t + 2 * (j % 2)
-            expected = [given[row, g], given[row + 1, g], given[row, g + 8], given[row + 1, g + 8]]
-            assert list(out[lane, 4 * j : 4 * j + 4]) == expected
+            row = 16 * (j // 2) + 4 * t
+            assert list(out[lane, 4 * j : 4 * j + 4]) == list(given[row : row + 4, g + 8 * (j % 2)])
 
 
 def test_tensor_memory_lanes_are_relative_to_the_warp():

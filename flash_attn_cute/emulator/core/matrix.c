@@ -61,8 +61,8 @@ static void move_tiles(Warp *w, const Instr *in, int loading)
     }
 }
 
-/* Transposed tiles of bytes, whose stored rows are columns of 16. Lane 4 g + t has the bytes g and g + 8 of two rows in a register:
- * of rows 2 t and 2 t + 1 in a store (m16n8), of 4 t + 2 j and the next in register j of a load (m16n16). */
+/* Transposed tiles of bytes, whose stored rows are columns of 16. In a load (m16n16), register j of lane 4 g + t has byte g + 8 j of
+ * rows 4 t to 4 t + 3. In a store (m16n8) its register has byte g of rows 2 t and 2 t + 1, then byte g + 8 of both. */
 static void move_byte_tiles(Warp *w, const Instr *in, int loading)
 {
     if (!require_lanes(w, FULL_MASK))
@@ -76,10 +76,10 @@ static void move_byte_tiles(Warp *w, const Instr *in, int loading)
             if (address & 15)
                 fault(w, in, FAULT_MISALIGNED, "a matrix row at shared address 0x%x is not aligned to 16 bytes", address);
             uint8_t *bytes = matrix_row(w, in, address, loading);
-            int t = loading ? row / 4 : row / 2, j = loading ? row / 2 % 2 : 0;
             for (int column = 0; column < 16; column++) {
-                uint32_t *to = &lanes32(w, POOL(tile * registers + j))[4 * (column % 8) + t];
-                int shift = 8 * ((row & 1) + 2 * (column / 8));
+                int g = column % 8, upper = column / 8;
+                uint32_t *to = &lanes32(w, POOL(tile * registers + (loading ? upper : 0)))[4 * g + (loading ? row / 4 : row / 2)];
+                int shift = 8 * (loading ? row % 4 : row % 2 + 2 * upper);
                 if (loading)
                     *to = (*to & ~(255u << shift)) | (uint32_t)bytes[column] << shift;
                 else

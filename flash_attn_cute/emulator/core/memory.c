@@ -76,7 +76,7 @@ Cta *shared_owner(Warp *w, const Instr *in, uint32_t address)
     if (rank >= (uint32_t)cluster->size)
         fault(w, in, FAULT_OUT_OF_BOUNDS, "shared address 0x%x names CTA %u of a cluster of %d", address, rank, cluster->size);
     Cta *cta = &cluster->ctas[rank];
-    if (cta->live_warps == 0 && cta != w->cta)
+    if (cta->live_warps == 0 && cta != w->cta && (w->machine->checks & CHECK_BOUNDS))
         fault(w, in, FAULT_OUT_OF_BOUNDS, "shared memory of CTA %u of the cluster, which has already exited", rank);
     return cta;
 }

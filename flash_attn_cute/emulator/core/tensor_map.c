@@ -21,8 +21,8 @@ void op_tensormap_replace(Warp *w, const Instr *in, uint32_t mask)
         uint64_t address = R64(0)[i], wide = in->sub == ADDRESS || in->sub == STRIDE ? R64(1)[i] : 0;
         if (address & 127)
             fault(w, in, FAULT_MISALIGNED, "tensor map at 0x%llx is not aligned to 128 bytes", (unsigned long long)address);
-        uint32_t words[32], value = R32(1)[i];
-        memcpy(words, generic_span(w, in, i, address, 128, 0), 128);
+        uint32_t words[16], value = R32(1)[i];
+        memcpy(words, generic_span(w, in, i, address, 64, 0), 64);
         switch (in->sub) {
         case ADDRESS: words[0] = (uint32_t)wide, words[1] = (uint32_t)(wide >> 32); break;
         case RANK: set_bits(&words[2], 4, 3, value); break;
@@ -49,14 +49,15 @@ void op_tensormap_replace(Warp *w, const Instr *in, uint32_t mask)
             if (value)
                 fault(w, in, FAULT_UNSUPPORTED, "an interleaved tensor map");
         }
-        memcpy(generic_span(w, in, i, address, 128, 1), words, 128);
+        memcpy(generic_span(w, in, i, address, 64, 1), words, 64);
     }
 }
 
-/* tensormap.cp_fenceproxy: shared to global. r: generic addresses of both */
+/* tensormap.cp_fenceproxy: shared to global. r: generic addresses of both. The second half of a map's 128 bytes means nothing, and
+ * programs leave it unwritten. */
 void op_tensormap_copy(Warp *w, const Instr *in, uint32_t mask)
 {
     int i = __builtin_ctz(mask);
-    const uint8_t *from = generic_span(w, in, i, R64(1)[i], 128, 0);
-    memcpy(generic_span(w, in, i, R64(0)[i], 128, 1), from, 128);
+    const uint8_t *from = generic_span(w, in, i, R64(1)[i], 64, 0);
+    memcpy(generic_span(w, in, i, R64(0)[i], 128, 1), from, 64);
 }
