@@ -52,7 +52,7 @@ class EngineOptions:
     """How launches are executed: in which order warps run, on how many SMs at once, and what is checked meanwhile.
 
     `sms` 0 means as many as the architecture's GPU has. `checks` holds names of CHECKS, or "default", or "all", or is
-    empty. Raises ValueError for what is none of these.
+    empty; "-name" leaves one out. Raises ValueError for what is none of these.
     """
 
     schedule: str = "in-order"
