@@ -324,6 +324,33 @@ def _install_dlpack(patches: Patches, host: ctypes.CDLL) -> None:
         patches.set(Tensor, "__dlpack_c_exchange_api__", api.PyCapsule_New(table, name, None))
 
 
+def _compile_beneath(compile_: Callable) -> Callable:
+    """torch.compile, with the mode set aside: its tracer would follow the mode's own code. Results count as on CUDA."""
+
+    def wrapped(model: Callable) -> Callable:
+        @functools.wraps(model)
+        def call(*args, **kwargs):
+            _below_mode.depth = getattr(_below_mode, "depth", 0) + 1
+            try:
+                with torch._C.DisableTorchFunction():
+                    return mark(model(*args, **kwargs))
+            finally:
+                _below_mode.depth -= 1
+
+        return call
+
+    def compile_model(model=None, **options):
+        if model is None:
+            return lambda model: compile_model(model, **options)
+        compiled = compile_(model, **options)
+        if not isinstance(compiled, torch.nn.Module):
+            return wrapped(compiled)
+        compiled.forward = wrapped(compiled.forward)
+        return compiled
+
+    return compile_model
+
+
 def _install_mode(patches: Patches) -> None:
     """Modes belong to a thread, so each thread that starts gets one of its own."""
     run = threading.Thread.run
@@ -333,6 +360,7 @@ def _install_mode(patches: Patches) -> None:
             run(self)
 
     patches.set(threading.Thread, "run", run_in_mode)
+    patches.set(torch, "compile", _compile_beneath(torch.compile))
     mode = _PassOnMark()
     mode.__enter__()
     patches.on_restore(lambda: mode.__exit__(None, None, None))

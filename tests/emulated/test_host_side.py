@@ -258,6 +258,35 @@ def test_graphs_repeat_what_torch_computes(tmp_path):
     run(program, tmp_path)
 
 
+def test_operators_under_torch_compile(tmp_path):
+    program = (
+        SCALE
+        + """
+    x, y = tensors()
+    function = cute.compile(host, from_dlpack(x), from_dlpack(y), 3, 200)
+
+    @torch.library.custom_op("test::tripled", mutates_args=(), device_types="cuda")
+    def tripled(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        function(from_dlpack(x), from_dlpack(out), 3)
+        return out
+
+    tripled.register_fake(torch.empty_like)
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return tripled(x + 1) - 1
+
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        for model in (Model(), lambda x: tripled(x + 1) - 1):
+            out = torch.compile(model, backend=backend, fullgraph=True)(x)
+            assert out.is_cuda and torch.equal(out, 3 * x + 2)
+    """
+    )
+    run(program, tmp_path)
+
+
 def test_block_scaled_reference(tmp_path):
     """torch._scaled_mm, against products of numbers that are scaled one by one."""
     program = """
