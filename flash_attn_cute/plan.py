@@ -158,10 +158,10 @@ def plan_sequences(sequences: Sequence[Lengths], padding: Sequence[int], p: Plan
 def _demand(s: Lengths, p: PlanParameters) -> _Demand:
     m_blocks = -(-s.rows_q // p.tokens_per_tile)
     last = max(-(-s.len_q // p.tokens_per_tile) - 1, 0) * p.tokens_per_tile
-    return _Demand(s, m_blocks, max(_visits(s, 0, p), _visits(s, last, p)))
+    return _Demand(s, m_blocks, max(visits_of_tile(s, 0, p), visits_of_tile(s, last, p)))
 
 
-def _visits(s: Lengths, first_token: int, p: PlanParameters) -> int:
+def visits_of_tile(s: Lengths, first_token: int, p: PlanParameters) -> int:
     """KV tiles that the query tile from `first_token` on visits."""
     if first_token >= s.len_q:
         return 0
