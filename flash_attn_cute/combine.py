@@ -140,6 +140,10 @@ class SplitTile(NamedTuple):
     num_splits: Int32
     first_slot: Int32
 
+    @staticmethod
+    def none():
+        return SplitTile(*(Int32(0) for _ in range(5)))
+
 
 class CombinePlanned:
     """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, stream)`.
@@ -153,7 +157,8 @@ class CombinePlanned:
 
     @cute.jit
     def __call__(self, tensors: PlannedCombineTensors, grid_x: Int32, grid_y: Int32, stream: cuda.CUstream):
-        self.kernel(tensors).launch(grid=[grid_x, grid_y, 1], block=[THREADS, 1, 1], stream=stream)
+        # Programmatic dependent launch: CTAs start while the last of the forward finish.
+        self.kernel(tensors).launch(grid=[grid_x, grid_y, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(self, tensors: PlannedCombineTensors):
@@ -172,9 +177,17 @@ class CombinePlanned:
         row_in_cta = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // spec.warps_per_row
         step, _, _ = cute.arch.grid_dim()
         index, _, _ = cute.arch.block_idx()
+        # The plan was there before the forward began. Its results are only behind the wait, which also CTAs without
+        # work have to make: what follows this launch takes it for the end of the forward.
+        tile = SplitTile.none()
+        if index < num_tiles:
+            tile = self._tile(tensors.work, heads, index)
+        cute.arch.griddepcontrol_wait()
         while index < num_tiles:
-            self._merge_tile(tensors, source, merger, self._tile(tensors.work, heads, index), row_in_cta)
+            self._merge_tile(tensors, source, merger, tile, row_in_cta)
             index = index + step
+            if index < num_tiles:
+                tile = self._tile(tensors.work, heads, index)
 
     @cute.jit
     def _tile(self, work: PlannedWork, heads: Int32, index: Int32) -> SplitTile:

@@ -183,6 +183,9 @@ class ForwardSm90:
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if const_expr(self.spec.splits):
+            # The combine kernel's CTAs may take the place of ours as they leave.
+            cute.arch.griddepcontrol_launch_dependents()
 
         window = window_of(self.spec, scalars)
         producer_registers, consumer_registers = self.spec.tile.registers

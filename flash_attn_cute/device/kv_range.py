@@ -57,7 +57,7 @@ class KvRange(NamedTuple):
         """The part of the range that split `split` of `num_splits` has; it may be empty.
 
         tiles_per_split > 0 sets boundaries at its multiples from absolute key 0, so that they depend on nothing else
-        (the last split takes what is left); 0 divides the range itself into parts of equal size.
+        (the last split takes what is left); 0 divides the range itself into parts that differ by one tile at most.
         """
         first, end = self.first, self.end
         if tiles_per_split > 0:
@@ -65,9 +65,9 @@ class KvRange(NamedTuple):
             if split + 1 < num_splits:
                 end = cutlass.min(end, (split + 1) * tiles_per_split)
         else:
-            part = (self.num_tiles() + num_splits - 1) // num_splits
-            first = first + split * part
-            end = cutlass.min(end, first + part)
+            num_tiles = self.num_tiles()
+            end = first + (split + 1) * num_tiles // num_splits
+            first = first + split * num_tiles // num_splits
         return KvRange(first, end, self.full_first, self.full_end)
 
     def num_tiles(self):
