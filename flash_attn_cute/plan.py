@@ -228,10 +228,20 @@ def _stream(d: _Demand, splits: int, balanced: int, p: PlanParameters) -> int:
 
 
 def _nheads_in_l2(d: _Demand, splits: int, p: PlanParameters) -> int:
-    """Heads walked together: enough tiles to go round, no more keys than stay in L2."""
-    fitting = p.l2_keys // max(d.lengths.len_k, 1) * p.heads_per_kv_load
-    together = min(p.section_tiles // max(d.m_blocks * splits, 1), fitting)
-    return min(max(p.section_heads, together), p.heads)
+    """Heads walked together: enough tiles to go round, and no more keys than stay in L2, both to a power of two."""
+    more_tiles = _log2_of_ratio(p.section_tiles, d.m_blocks * splits)
+    more_keys = _log2_of_ratio(p.l2_keys * p.heads_per_kv_load, d.lengths.len_k)
+    steps = min(more_tiles, more_keys, p.heads.bit_length())
+    return min(max(p.section_heads, 1 << steps if steps >= 0 else 0), p.heads)
+
+
+def _log2_of_ratio(a: int, b: int) -> int:
+    """floor(log2(a / b)), b at least 1; negative where a < b."""
+    b = max(b, 1)
+    log2 = a.bit_length() - b.bit_length()
+    if log2 < 0:
+        return -1
+    return log2 - 1 if b << log2 > a else log2
 
 
 class PlannedTile(NamedTuple):

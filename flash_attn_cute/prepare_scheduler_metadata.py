@@ -2,7 +2,7 @@
 
 One launch of one CTA, or of a cluster of eight where the batch is larger; plan.py is its specification, to the integer.
 Every thread holds a few sequences from their lengths to their keys; sums go round by warp reductions and shared memory.
-csrc_notes/scheduling.md counts the barriers and says what the time is made of.
+csrc_notes/scheduling.md says what the time is made of.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from flash_attn_cute.device.cluster_group import (
     to_words,
     wide_sum_of_warp,
 )
-from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.divisor import Divisor
 from flash_attn_cute.device.radix_sort import DIGIT_BITS, DIGITS, RadixSort
-from flash_attn_cute.device.seqlens import SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.plan import (
     COMPUTE_BOUND,
     DURATION_BITS,
@@ -42,30 +42,23 @@ from flash_attn_cute.plan import (
     TILE_OVERHEAD,
 )
 
-WARPS = 32
-THREADS = WARP * WARPS
 INDEX_BITS = 15
 MAX_SEQUENCES = (1 << INDEX_BITS) - 2  # two entries are padding
+INT32_MAX = (1 << 31) - 1
 STREAM_BITS = 2
 SPLIT_BITS = 9
 RECORD_WORDS = 3
-CANDIDATES = 1 + len(GRANULARITIES)  # no splits, and each granularity
+WHOLE, FIXED, BY_LOAD = "whole", "fixed", "by_load"  # nothing is split, at absolute boundaries, as the batch asks for
 
 
 @dataclass(frozen=True)
 class PlanSpec:
     """What is fixed when a kernel is compiled."""
 
+    splitting: str  # WHOLE, FIXED or BY_LOAD
     ctas: int  # of the one cluster
-    items: int  # sequences a thread; a power of 2
-
-    @property
-    def capacity(self) -> int:
-        """Sequences and padding entries."""
-        return self.ctas * self.items * THREADS
-
-
-SPECS = (PlanSpec(1, 1), PlanSpec(8, 1), PlanSpec(8, 4))
+    warps: int  # a CTA
+    items: int  # sequences a thread
 
 
 class PlanTensors(NamedTuple):
@@ -88,18 +81,23 @@ class PlanScalars(NamedTuple):
     batch_size: Int32
     extent_q: Int32
     extent_k: Int32
+    warp_share: Int32  # entries a warp takes, a multiple of 32
+    by_share: Divisor  # by the entries a CTA takes
     heads: Int32
     heads_per_kv_load: Int32
     tokens_per_tile: Int32
+    by_tokens_per_tile: Divisor
     tile_n: Int32
+    by_tile_n: Divisor
     window_left: Int32
     window_right: Int32
     num_sms: Int32
     max_splits: Int32
     tiles_per_split: Int32
+    by_tiles_per_split: Divisor
     section_heads: Int32
     section_tiles: Int32
-    l2_keys: Int32
+    l2_keys: Int32  # times heads_per_kv_load
 
 
 class Demand(NamedTuple):
@@ -110,11 +108,18 @@ class Demand(NamedTuple):
     len_k: Int32
 
 
+class Target(NamedTuple):
+    """The duration above which work tiles are split, and division by it. Not read where nothing is split."""
+
+    duration: Int32
+    divisor: Divisor
+
+
 class Decision(NamedTuple):
     """What all sequences together come to."""
 
-    target: Int32  # 0 where nothing is split by duration
-    balanced: Int64  # how long a perfectly balanced launch takes
+    target: Target
+    balanced: Int32  # how long a perfectly balanced launch takes, at most the largest int32
     longest: Int32  # no work tile takes longer
 
 
@@ -122,35 +127,40 @@ class Decision(NamedTuple):
 class Scratch:
     """Partial sums of every warp of the group, (ctas * warps,) int32 each, and what was decided from them."""
 
-    work: tuple  # (high, low): of no splits, for the targets
+    work: tuple  # (high, low), of all work tiles as they are without being split by load
     visits: cute.Tensor
-    candidate_work: tuple  # (high, low) a candidate
-    candidate_tiles: tuple
+    candidate_work: tuple  # (high, low) a granularity
+    candidate_tiles: tuple  # long work tiles of nothing split, and of each granularity
     summary: tuple  # split m-blocks, front tiles, memory tiles
     m_blocks: cute.Tensor
     tiles: cute.Tensor
-    targets: cute.Tensor  # (CANDIDATES + 1,): the last is the largest number of visits
-    decision: cute.Tensor  # (4,): target, high and low of balanced, and nothing: the compiler reads all 16 bytes
+    targets: cute.Tensor  # (4, granularities): the fields of a Target
+    decision: cute.Tensor  # (4,): most visits, which candidate (0: no splits), balanced, unused
 
     @staticmethod
-    def allocate(smem: SmemAllocator, ctas: int):
-        def array(size):
-            return smem.allocate_tensor(Int32, cute.make_layout(size), byte_alignment=16)
+    def allocate(smem: SmemAllocator, group: ClusterGroup):
+        def array(*shape):
+            return smem.allocate_tensor(Int32, cute.make_layout(shape), byte_alignment=16)
 
         def partials():
-            return array(ctas * WARPS)
+            return array(group.ctas * group.warps)
 
         return Scratch(
             (partials(), partials()),
             partials(),
-            tuple((partials(), partials()) for _ in range(CANDIDATES)),
-            tuple(partials() for _ in range(CANDIDATES)),
+            tuple((partials(), partials()) for _ in GRANULARITIES),
+            tuple(partials() for _ in range(1 + len(GRANULARITIES))),
             tuple(partials() for _ in range(3)),
             partials(),
             partials(),
-            array(CANDIDATES + 1),
+            array(4, len(GRANULARITIES)),
             array(4),
         )
+
+    def target(self, candidate: Int32) -> Target:
+        """Of a granularity, counted from 1."""
+        column = self.targets[None, candidate - 1]
+        return Target(column[0], Divisor(column[1], column[2]))
 
 
 class PrepareSchedulerMetadata:
@@ -161,42 +171,44 @@ class PrepareSchedulerMetadata:
 
     @cute.jit
     def __call__(self, tensors: PlanTensors, scalars: PlanScalars, stream: cuda.CUstream):
-        ctas = self.spec.ctas
+        spec = self.spec
         self.kernel(tensors, scalars).launch(
-            grid=[ctas, 1, 1], block=[THREADS, 1, 1], cluster=[ctas, 1, 1], stream=stream
+            grid=[spec.ctas, 1, 1], block=[WARP * spec.warps, 1, 1], cluster=[spec.ctas, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, tensors: PlanTensors, scalars: PlanScalars):
         spec = self.spec
-        group = ClusterGroup.create(spec.ctas, WARPS)
+        group = ClusterGroup.create(spec.ctas, spec.warps)
         smem = SmemAllocator()
-        scratch = Scratch.allocate(smem, spec.ctas)
-        sort = self._sort(smem, group)
+        scratch = Scratch.allocate(smem, group)
+        sort = self._sort(smem, group, scalars)
         count = cute.size(tensors.entries, mode=[0])
         if const_expr(spec.ctas > 1):
             # Nobody may store into a CTA that has not started.
             group.sync()
 
-        demands = [self._demand(tensors, scalars, sort.number(i), count) for i in range(spec.items)]
+        demands = [self._demand(tensors, scalars, sort, i, count) for i in range(spec.items)]
         decision = self._decide(demands, group, scratch, scalars)
-        self._make_records(demands, decision, sort, scratch, scalars)
+        self._make_records(demands, decision, sort, scratch, scalars, count)
         key_bits = STREAM_BITS + self._duration_bits(decision.longest)
         passes = (key_bits + DIGIT_BITS - 1) // DIGIT_BITS
         for i in cutlass.range(passes, unroll=1):
             sort.sort_by_digit(i % 2, INDEX_BITS + i * DIGIT_BITS, count)
         self._write(sort, passes % 2, count, scratch, tensors, scalars)
 
-    def _sort(self, smem: SmemAllocator, group: ClusterGroup) -> RadixSort:
+    def _sort(self, smem: SmemAllocator, group: ClusterGroup, scalars: PlanScalars) -> RadixSort:
         def array(layout):
             return smem.allocate_tensor(Int32, layout, byte_alignment=16)
 
-        slots = self.spec.items * THREADS
+        slots = self.spec.items * WARP * self.spec.warps
         return RadixSort(
             group,
             self.spec.items,
+            scalars.warp_share,
+            scalars.by_share,
             array(cute.make_layout((slots, RECORD_WORDS, 2))),
-            array(cute.make_layout((DIGITS, WARPS), stride=(RadixSort.HISTOGRAM_PITCH, 1))),
+            array(RadixSort.histogram_layout(self.spec.warps)),
             array(cute.make_layout((DIGITS, self.spec.ctas))),
             array(cute.make_layout(DIGITS)),
         )
@@ -206,35 +218,51 @@ class PrepareSchedulerMetadata:
     # ---------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _demand(self, tensors: PlanTensors, scalars: PlanScalars, number: Int32, count: Int32) -> Demand:
+    def _demand(self, tensors: PlanTensors, scalars: PlanScalars, sort: RadixSort, item: int, count: Int32) -> Demand:
         m_blocks, visits, len_k = Int32(0), Int32(0), Int32(0)
-        if number < count:
+        if sort.is_record(item, count):
             lengths = SeqlenTensors(*tensors[:4])
             source = SeqlenSource(lengths, scalars.batch_size, scalars.extent_q, scalars.extent_k)
-            seqlens = source.of(_real_index(number, scalars.batch_size))
-            tokens, len_k = scalars.tokens_per_tile, seqlens.len_k
-            m_blocks = _ceil_div(seqlens.rows_q, tokens)
-            window = Window(scalars.window_left, scalars.window_right)
-            last = cutlass.max(_ceil_div(seqlens.len_q, tokens) - 1, 0) * tokens
-            # The longest query tile is the last one, or with a left window alone the first.
-            of_first = KvRange.of_query_tile(seqlens, window, Int32(0), tokens, scalars.tile_n)
-            of_last = KvRange.of_query_tile(seqlens, window, last, tokens, scalars.tile_n)
-            visits = cutlass.max(of_first.num_tiles(), of_last.num_tiles())
+            seqlens = source.of(_real_index(sort.number(item), scalars.batch_size))
+            len_k = seqlens.len_k
+            m_blocks = scalars.by_tokens_per_tile.floor(seqlens.rows_q + (scalars.tokens_per_tile - 1))
+            if seqlens.len_q > 0:
+                # The longest query tile is the last one, or with a left window alone the first.
+                last = scalars.by_tokens_per_tile.floor(seqlens.len_q - 1) * scalars.tokens_per_tile
+                visits = cutlass.max(self._visits(seqlens, Int32(0), scalars), self._visits(seqlens, last, scalars))
         return Demand(m_blocks, visits, len_k)
 
     @cute.jit
-    def _num_splits(self, demand: Demand, target: Int32, scalars: PlanScalars) -> Int32:
-        wanted = Int32(1)
-        if scalars.tiles_per_split > 0:
-            wanted = _ceil_div(_ceil_div(demand.len_k, scalars.tile_n), scalars.tiles_per_split)
-        elif target > 0:
-            wanted = _ceil_div(demand.visits + TILE_OVERHEAD, target)
+    def _visits(self, seqlens: Seqlens, first_token: Int32, scalars: PlanScalars) -> Int32:
+        """KV tiles of a query tile, as device/kv_range.py has them: an estimate to the forward kernels, which count
+        for themselves."""
+        diagonal = seqlens.len_k - seqlens.len_q
+        last_token = cutlass.min(first_token + scalars.tokens_per_tile, seqlens.len_q) - 1
+        end_key = cutlass.min(seqlens.len_k, last_token + diagonal + scalars.window_right + 1)
+        end = scalars.by_tile_n.floor(cutlass.max(end_key, 0) + (scalars.tile_n - 1))
+        first = scalars.by_tile_n.floor(cutlass.max(first_token + diagonal - scalars.window_left, 0))
+        return cutlass.max(end - first, 0)
+
+    @cute.jit
+    def _fixed_splits(self, demand: Demand, scalars: PlanScalars) -> Int32:
+        tiles = scalars.by_tile_n.floor(demand.len_k + (scalars.tile_n - 1))
+        wanted = scalars.by_tiles_per_split.floor(tiles + (scalars.tiles_per_split - 1))
         return cutlass.max(cutlass.min(wanted, scalars.max_splits), 1)
 
     @cute.jit
-    def _nheads_in_l2(self, demand: Demand, splits: Int32, scalars: PlanScalars) -> Int32:
-        fitting = scalars.l2_keys // cutlass.max(demand.len_k, 1) * scalars.heads_per_kv_load
-        together = cutlass.min(scalars.section_tiles // cutlass.max(demand.m_blocks * splits, 1), fitting)
+    def _splits_by_load(self, demand: Demand, target: Target, scalars: PlanScalars) -> Int32:
+        splits, duration = Int32(1), demand.visits + TILE_OVERHEAD
+        # In this order: a target may be as large as an int32.
+        if duration > target.duration:
+            splits = cutlass.min(target.divisor.floor(duration + (target.duration - 1)), scalars.max_splits)
+        return splits
+
+    @cute.jit
+    def _nheads_in_l2(self, demand: Demand, tiles: Int32, scalars: PlanScalars) -> Int32:
+        more_tiles = _log2_of_ratio(scalars.section_tiles, tiles)
+        more_keys = _log2_of_ratio(scalars.l2_keys, demand.len_k)
+        steps = cutlass.min(cutlass.min(more_tiles, more_keys), _bit_length(scalars.heads))
+        together = Int32(1) << steps if steps >= 0 else Int32(0)
         return cutlass.min(cutlass.max(scalars.section_heads, together), scalars.heads)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -246,98 +274,114 @@ class PrepareSchedulerMetadata:
         """Warp 0 of every CTA decides the same from the partial sums of all warps."""
         work, visits = Int64(0), Int32(0)
         for d in demands:
-            work = work + d.m_blocks.to(Int64) * (d.visits + TILE_OVERHEAD).to(Int64)
+            splits = self._fixed_splits(d, scalars) if const_expr(self.spec.splitting == FIXED) else Int32(1)
+            work = work + _work(d.m_blocks, d.visits, splits)
             visits = cutlass.max(visits, d.visits)
         self._publish_wide(group, scratch.work, work)
         self._publish(group, scratch.visits, max_of_warp(visits))
         group.sync()
         if group.warp == 0:
-            work = self._collect_wide(group, scratch.work) * scalars.heads.to(Int64)
-            visits = Int32(0)
-            for cta in cutlass.range_constexpr(group.ctas):
-                visits = cutlass.max(visits, scratch.visits[cta * WARPS + group.lane])
-            visits = max_of_warp(visits)
-            # Lane c has candidate c.
-            granularity = Int32(GRANULARITIES[0])
-            for c in cutlass.range_constexpr(1, CANDIDATES):
-                granularity = Int32(GRANULARITIES[c - 1]) if group.lane == c else granularity
-            target = self._target(work, granularity, scalars) if group.lane > 0 else Int32(0)
-            if group.lane < CANDIDATES:
-                scratch.targets[group.lane] = target
-            if group.lane == CANDIDATES:
-                scratch.targets[CANDIDATES] = visits
+            self._set_targets(group, scratch, scalars)
         cute.arch.sync_threads()
-        longest = scratch.targets[CANDIDATES] + TILE_OVERHEAD
-        for c in cutlass.range_constexpr(CANDIDATES):
-            self._weigh_candidate(demands, c, longest, group, scratch, scalars)
-        group.sync()
-        if group.warp == 0:
-            self._choose(longest, group, scratch, scalars)
-        cute.arch.sync_threads()
-        balanced = from_words(scratch.decision[1], scratch.decision[2])
-        return Decision(scratch.decision[0], balanced, longest)
+        longest = scratch.decision[0] + TILE_OVERHEAD
+        if const_expr(self.spec.splitting == BY_LOAD):
+            self._weigh_candidates(demands, longest, group, scratch, scalars)
+            group.sync()
+            if group.warp == 0:
+                self._choose(longest, group, scratch, scalars)
+            cute.arch.sync_threads()
+        chosen = scratch.decision[1]
+        target = scratch.target(cutlass.max(chosen, 1))
+        duration = target.duration if chosen > 0 else Int32(INT32_MAX)
+        return Decision(Target(duration, target.divisor), scratch.decision[2], longest)
 
     @cute.jit
-    def _target(self, work: Int64, granularity: Int32, scalars: PlanScalars) -> Int32:
-        target = Int32(0)
-        if scalars.max_splits > 1 and scalars.tiles_per_split == 0:
-            # No duration is longer than an int32, so neither need a target be.
-            share = cutlass.min(_ceil_div(work, (scalars.num_sms * granularity).to(Int64)), Int64((1 << 31) - 1))
-            target = cutlass.max(share.to(Int32), LEAST_TARGET)
-        return target
+    def _set_targets(self, group: ClusterGroup, scratch: Scratch, scalars: PlanScalars):
+        """One warp: lane g takes granularity g."""
+        work = self._collect_wide(group, scratch.work) * scalars.heads.to(Int64)
+        visits = Int32(0)
+        for place in self._partials_of_lane(group):
+            visits = cutlass.max(visits, scratch.visits[place] if group.lane < group.warps else 0)
+        visits = max_of_warp(visits)
+        if const_expr(self.spec.splitting == BY_LOAD):
+            if group.lane < len(GRANULARITIES):
+                granularity = Int32(GRANULARITIES[0])
+                for g in cutlass.range_constexpr(1, len(GRANULARITIES)):
+                    granularity = Int32(GRANULARITIES[g]) if group.lane == g else granularity
+                share = _ceil_div(work, (scalars.num_sms * granularity).to(Int64))
+                duration = cutlass.max(_to_int32(share), LEAST_TARGET)
+                divisor = Divisor.of(duration)
+                column = scratch.targets[None, group.lane]
+                column[0], column[1], column[2], column[3] = duration, divisor.multiplier, divisor.shift, Int32(0)
+        if group.lane == 0:
+            scratch.decision[0] = visits
+            scratch.decision[1] = 0
+            scratch.decision[3] = 0
+            if const_expr(self.spec.splitting != BY_LOAD):
+                scratch.decision[2] = _to_int32(_ceil_div(work, scalars.num_sms.to(Int64)))
+                for g in cutlass.range_constexpr(len(GRANULARITIES)):
+                    for i in cutlass.range_constexpr(4):
+                        scratch.targets[i, g] = 0
 
     @cute.jit
-    def _weigh_candidate(
-        self, demands: list, c: int, longest: Int32, group: ClusterGroup, scratch: Scratch, scalars: PlanScalars
+    def _weigh_candidates(
+        self, demands: list, longest: Int32, group: ClusterGroup, scratch: Scratch, scalars: PlanScalars
     ):
-        """Work, and long work tiles, of all sequences under the target of candidate c."""
-        target = scratch.targets[c]
-        longest = self._longest(longest, target)
-        work, long_tiles = Int64(0), Int32(0)
+        """Work of all sequences under every target, and their long work tiles."""
+        long_tiles = Int32(0)
         for d in demands:
-            splits = self._num_splits(d, target, scalars)
-            duration = _duration(d.visits, splits)
-            tiles = d.m_blocks * splits
-            work = work + tiles.to(Int64) * duration.to(Int64)
-            long_tiles = long_tiles + (tiles if duration > longest // 2 else 0)
-        self._publish_wide(group, scratch.candidate_work[c], work)
-        self._publish(group, scratch.candidate_tiles[c], sum_of_warp(long_tiles))
+            long_tiles = long_tiles + (d.m_blocks if d.visits + TILE_OVERHEAD > longest // 2 else 0)
+        self._publish(group, scratch.candidate_tiles[0], sum_of_warp(long_tiles))
+        for c in cutlass.range_constexpr(1, 1 + len(GRANULARITIES)):
+            target = scratch.target(c)
+            half = self._longest_under(longest, target) // 2
+            work, long_tiles = Int64(0), Int32(0)
+            for d in demands:
+                splits = self._splits_by_load(d, target, scalars)
+                work = work + _work(d.m_blocks, d.visits, splits)
+                long_tiles = long_tiles + (d.m_blocks * splits if _duration(d.visits, splits) > half else 0)
+            self._publish_wide(group, scratch.candidate_work[c - 1], work)
+            self._publish(group, scratch.candidate_tiles[c], sum_of_warp(long_tiles))
 
     @cute.jit
-    def _longest(self, longest: Int32, target: Int32) -> Int32:
-        if target > 0:
-            # In this order: a target may be as large as an int32.
-            if longest - TILE_OVERHEAD > target:
-                longest = target + TILE_OVERHEAD
+    def _longest_under(self, longest: Int32, target: Target) -> Int32:
+        if longest - TILE_OVERHEAD > target.duration:
+            longest = target.duration + TILE_OVERHEAD
         return longest
 
     @cute.jit
     def _choose(self, longest: Int32, group: ClusterGroup, scratch: Scratch, scalars: PlanScalars):
-        """One warp: candidate c is judged by lane c."""
-        work, long_tiles = Int64(0), Int32(0)
-        for c in cutlass.range_constexpr(CANDIDATES):
-            work_of = self._collect_wide(group, scratch.candidate_work[c])
+        """One warp: candidate c, of which 0 splits nothing, is judged by lane c."""
+        work = self._collect_wide(group, scratch.work)
+        tiles = self._collect(group, scratch.candidate_tiles[0])
+        for c in cutlass.range_constexpr(1, 1 + len(GRANULARITIES)):
+            work_of = self._collect_wide(group, scratch.candidate_work[c - 1])
             tiles_of = self._collect(group, scratch.candidate_tiles[c])
             work = work_of if group.lane == c else work
-            long_tiles = tiles_of if group.lane == c else long_tiles
-        target = scratch.targets[cutlass.min(group.lane, CANDIDATES - 1)]
+            tiles = tiles_of if group.lane == c else tiles
+        candidate = cutlass.min(group.lane, len(GRANULARITIES))
+        longest_tile = longest
+        if candidate > 0:
+            longest_tile = self._longest_under(longest, scratch.target(candidate))
         heads, num_sms = scalars.heads.to(Int64), scalars.num_sms.to(Int64)
         balanced = _ceil_div(work * heads, num_sms)
-        rounds = _ceil_div(long_tiles.to(Int64) * heads, num_sms)
-        estimate = cutlass.max(balanced, rounds * self._longest(longest, target).to(Int64))
-        best, best_estimate, best_balanced = Int32(0), _of_lane(estimate, 0), _of_lane(balanced, 0)
-        for c in cutlass.range_constexpr(1, CANDIDATES):
-            # By all lanes: outside the condition.
-            candidate = _of_lane(estimate, c), _of_lane(balanced, c), cute.arch.shuffle_sync(target, c)
-            if candidate[0] * SPLIT_GAIN[1] < best_estimate * SPLIT_GAIN[0]:
-                best_estimate, best_balanced, best = candidate
-        if group.lane == 0:
-            scratch.decision[0] = best
-            scratch.decision[1], scratch.decision[2] = to_words(best_balanced)
-            scratch.decision[3] = 0
+        rounds = _ceil_div(tiles.to(Int64) * heads, num_sms)
+        estimate = cutlass.max(balanced, rounds * longest_tile.to(Int64))
+        best, best_estimate = Int32(0), _of_lane(estimate, 0)
+        for c in cutlass.range_constexpr(1, 1 + len(GRANULARITIES)):
+            estimate_of = _of_lane(estimate, c)  # by all lanes: outside the condition
+            if estimate_of * SPLIT_GAIN[1] < best_estimate * SPLIT_GAIN[0]:
+                best, best_estimate = Int32(c), estimate_of
+        if group.lane == best:
+            scratch.decision[1] = best
+            scratch.decision[2] = _to_int32(balanced)
+
+    def _partials_of_lane(self, group: ClusterGroup):
+        """Places of partial sums that a lane adds up; lanes past the warps of a CTA have none, but read some."""
+        return [cta * group.warps + group.lane % group.warps for cta in range(group.ctas)]
 
     def _publish(self, group: ClusterGroup, partials: cute.Tensor, of_warp: Int32):
-        group.store_everywhere(partials, group.cta * WARPS + group.warp, of_warp)
+        group.store_everywhere(partials, group.cta * group.warps + group.warp, of_warp)
 
     def _publish_wide(self, group: ClusterGroup, partials: tuple, value: Int64):
         for words, word in zip(partials, to_words(wide_sum_of_warp(value)), strict=True):
@@ -347,54 +391,72 @@ class PrepareSchedulerMetadata:
     def _collect(self, group: ClusterGroup, partials: cute.Tensor) -> Int32:
         """Sum over all warps of the group. One warp calls it."""
         total = Int32(0)
-        for cta in cutlass.range_constexpr(group.ctas):
-            total = total + partials[cta * WARPS + group.lane]
-        return sum_of_warp(total)
+        for place in self._partials_of_lane(group):
+            total = total + partials[place]
+        return sum_of_warp(total if group.lane < group.warps else 0)
 
     @cute.jit
     def _collect_wide(self, group: ClusterGroup, partials: tuple) -> Int64:
         total = Int64(0)
-        for cta in cutlass.range_constexpr(group.ctas):
-            place = cta * WARPS + group.lane
+        for place in self._partials_of_lane(group):
             total = total + from_words(partials[0][place], partials[1][place])
-        return wide_sum_of_warp(total)
+        return wide_sum_of_warp(total if group.lane < group.warps else Int64(0))
 
     # ---------------------------------------------------------------------------------------------------------------
     # The order
     # ---------------------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def _make_records(self, demands: list, decision: Decision, sort: RadixSort, scratch: Scratch, scalars: PlanScalars):
+    def _make_records(
+        self,
+        demands: list,
+        decision: Decision,
+        sort: RadixSort,
+        scratch: Scratch,
+        scalars: PlanScalars,
+        count: Int32,
+    ):
         """Every sequence as (stream, shortness, index), query tiles, (heads in L2, splits): ready to be sorted."""
         totals = [Int32(0), Int32(0), Int32(0)]
-        shift = cutlass.max(_bit_length(decision.longest) - DURATION_BITS, 0)
         for i in cutlass.range_constexpr(len(demands)):
-            d, number = demands[i], sort.number(i)
-            splits = self._num_splits(d, decision.target, scalars)
-            duration = _duration(d.visits, splits)
-            stream = Int32(COMPUTE_BOUND)
-            if number < scalars.batch_size:
-                if splits > 1:
-                    stream = Int32(SPLIT)
-                elif duration.to(Int64) * LONG_PART > decision.balanced:
-                    stream = Int32(LONG)
-                elif d.m_blocks * scalars.heads_per_kv_load <= 1:
-                    stream = Int32(MEMORY_BOUND)
-            else:
-                duration = Int32(0)
-            shortness = (decision.longest - duration) >> shift
-            key = stream << self._duration_bits(decision.longest) | shortness
-            slot = sort.slot(i)
-            sort.records[slot, 0, 0] = key << INDEX_BITS | number
-            sort.records[slot, 1, 0] = d.m_blocks
-            sort.records[slot, 2, 0] = self._nheads_in_l2(d, splits, scalars) << SPLIT_BITS | splits
-            tiles = d.m_blocks * splits
-            totals[0] = totals[0] + (d.m_blocks if splits > 1 else 0)
-            totals[1] = totals[1] + (tiles if stream <= LONG else 0)
-            totals[2] = totals[2] + (tiles if stream == MEMORY_BOUND else 0)
+            if sort.is_record(i, count):
+                of_record = self._make_record(demands[i], decision, sort, i, scalars)
+                totals = [total + more for total, more in zip(totals, of_record, strict=True)]
         # Read only behind the barriers of the sort.
         for total, partials in zip(totals, scratch.summary, strict=True):
             self._publish(sort.group, partials, sum_of_warp(total))
+
+    @cute.jit
+    def _make_record(self, d: Demand, decision: Decision, sort: RadixSort, item: int, scalars: PlanScalars):
+        """Returns what the sequence adds to the summary."""
+        number = sort.number(item)
+        splits = Int32(1)
+        if const_expr(self.spec.splitting == FIXED):
+            splits = self._fixed_splits(d, scalars)
+        elif const_expr(self.spec.splitting == BY_LOAD):
+            splits = self._splits_by_load(d, decision.target, scalars)
+        duration, tiles = _duration(d.visits, splits), d.m_blocks * splits
+        stream = Int32(COMPUTE_BOUND)
+        if number < scalars.batch_size:
+            if splits > 1:
+                stream = Int32(SPLIT)
+            elif duration > decision.balanced // LONG_PART:
+                stream = Int32(LONG)
+            elif d.m_blocks * scalars.heads_per_kv_load <= 1:
+                stream = Int32(MEMORY_BOUND)
+        else:
+            duration = Int32(0)
+        shift = cutlass.max(_bit_length(decision.longest) - DURATION_BITS, 0)
+        key = stream << self._duration_bits(decision.longest) | (decision.longest - duration) >> shift
+        slot = sort.slot(item)
+        sort.records[slot, 0, 0] = key << INDEX_BITS | number
+        sort.records[slot, 1, 0] = d.m_blocks
+        sort.records[slot, 2, 0] = self._nheads_in_l2(d, tiles, scalars) << SPLIT_BITS | splits
+        return (
+            d.m_blocks if splits > 1 else 0,
+            tiles if stream <= LONG else 0,
+            tiles if stream == MEMORY_BOUND else 0,
+        )
 
     @cute.jit
     def _duration_bits(self, longest: Int32) -> Int32:
@@ -418,7 +480,7 @@ class PrepareSchedulerMetadata:
         for i in cutlass.range_constexpr(items):
             own, own_tiles = Int32(0), Int32(0)
             number, slot = sort.number(i), sort.slot(i)
-            if number < count:
+            if sort.is_record(i, count):
                 own = sort.records[slot, 1, buffer]
                 packed = sort.records[slot, 2, buffer]
                 splits = packed & ((1 << SPLIT_BITS) - 1)
@@ -439,7 +501,7 @@ class PrepareSchedulerMetadata:
         tiles_before = self._before(group, scratch.tiles)
         for i in cutlass.range_constexpr(items):
             number = sort.number(i)
-            if number < count:
+            if sort.is_record(i, count):
                 tensors.cu_total_m_blocks[number + 1] = m_blocks_before + m_blocks[i]
                 tensors.cu_total_splits_m_blocks[number + 1] = tiles_before + tiles[i]
         if group.cta == 0 and group.warp == 0:
@@ -462,11 +524,10 @@ class PrepareSchedulerMetadata:
     @cute.jit
     def _before(self, group: ClusterGroup, partials: cute.Tensor) -> Int32:
         """Sum over all warps of the group before this one."""
-        total = Int32(0)
-        for cta in cutlass.range_constexpr(group.ctas):
-            place = cta * WARPS + group.lane
-            total = total + (partials[place] if place < group.cta * WARPS + group.warp else 0)
-        return sum_of_warp(total)
+        total, own = Int32(0), group.cta * group.warps + group.warp
+        for place in self._partials_of_lane(group):
+            total = total + (partials[place] if place < own else 0)
+        return sum_of_warp(total if group.lane < group.warps else 0)
 
 
 @cute.jit
@@ -481,12 +542,35 @@ def _bit_length(value: Int32) -> Int32:
     return 32 - Int32(cute.arch.clz(value))
 
 
+@cute.jit
 def _duration(visits: Int32, splits: Int32) -> Int32:
-    return _ceil_div(visits, splits) + TILE_OVERHEAD
+    tiles = visits
+    # Few are split: a warp without such a sequence skips the division.
+    if splits > 1:
+        tiles = _ceil_div(visits, splits)
+    return tiles + TILE_OVERHEAD
+
+
+def _work(m_blocks: Int32, visits: Int32, splits: Int32) -> Int64:
+    return (m_blocks * splits).to(Int64) * _duration(visits, splits).to(Int64)
+
+
+@cute.jit
+def _log2_of_ratio(a: Int32, b: Int32) -> Int32:
+    """floor(log2(a / b)), b at least 1; negative where a < b."""
+    b = cutlass.max(b, 1)
+    log2 = _bit_length(a) - _bit_length(b)
+    if log2 >= 0:
+        log2 = log2 - 1 if b << log2 > a else log2
+    return log2
 
 
 def _ceil_div(a, b):
     return (a + b - 1) // b
+
+
+def _to_int32(value: Int64) -> Int32:
+    return cutlass.min(value, Int64(INT32_MAX)).to(Int32)
 
 
 def _of_lane(value: Int64, lane: int) -> Int64:
@@ -497,3 +581,4 @@ def _of_lane(value: Int64, lane: int) -> Int64:
 
 assert MAX_SPLITS < 1 << SPLIT_BITS
 assert STREAM_BITS + DURATION_BITS + INDEX_BITS < 32
+assert len(GRANULARITIES) < WARP

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -432,8 +433,15 @@ class PlanKey(NamedTuple):
     cu_seqlens_k: bool
     seqused_q: bool
     seqused_k: bool
+    splitting: str
     ctas: int
+    warps: int
     items: int
+
+
+# (CTAs of the cluster, warps a CTA, sequences a thread), by capacity. Instructions are what a plan is made of, and more
+# warps repeat those that a warp does once; a cluster's barriers cost about as much as planning a thousand sequences.
+GROUPS = ((1, 8, 1), (1, 16, 2), (8, 16, 2), (8, 16, 8))
 
 
 def compile_kernel(key: PlanKey) -> Any:
@@ -441,6 +449,7 @@ def compile_kernel(key: PlanKey) -> Any:
     import cutlass.cute as cute
     from cutlass import Int32
 
+    from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.prepare_scheduler_metadata import (
         PlanScalars,
         PlanSpec,
@@ -460,37 +469,52 @@ def compile_kernel(key: PlanKey) -> Any:
         vector(size=4),
         vector(size=2),
     )
-    scalars = PlanScalars(*(Int32(1) for _ in PlanScalars._fields))
+    scalars = PlanScalars(
+        *(Divisor(Int32(1), Int32(1)) if name.startswith("by_") else Int32(1) for name in PlanScalars._fields)
+    )
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    kernel = PrepareSchedulerMetadata(PlanSpec(key.ctas, key.items))
+    kernel = PrepareSchedulerMetadata(PlanSpec(*key[-4:]))
     return cute.compile(kernel, tensors, scalars, stream, options=f"--enable-tvm-ffi --gpu-arch {key.architecture}")
 
 
 def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
     """Launches on the current stream."""
-    from flash_attn_cute.prepare_scheduler_metadata import SPECS
-
     p, entries = metadata.parameters, metadata.entries
-    spec = next(spec for spec in SPECS if entries.shape[0] <= spec.capacity)
+    count = entries.shape[0]
+    ctas, warps, items = next(group for group in GROUPS if count <= 32 * math.prod(group))
+    warp_share = -(-count // (32 * ctas * warps)) * 32
     device = next((tensor.device for tensor in lengths if tensor is not None), entries.device)
+    splitting = "whole" if p.max_splits == 1 else "fixed" if p.tiles_per_split else "by_load"
     present = (tensor is not None for tensor in lengths)
-    key = PlanKey(architecture_of(device), "plan", *present, spec.ctas, spec.items)
+    key = PlanKey(architecture_of(device), "plan", *present, splitting, ctas, warps, items)
     function = cache.get(key, functools.partial(compile_kernel, key))
     function(
         (*lengths, entries, *_sums(metadata), metadata.summary, metadata.tile_count_semaphore),
         (
             *metadata.extents,
+            warp_share,
+            _divisor(warp_share * warps),
             p.heads,
             p.heads_per_kv_load,
             p.tokens_per_tile,
+            _divisor(p.tokens_per_tile),
             p.tile_n,
+            _divisor(p.tile_n),
             p.window_left,
             p.window_right,
             p.num_sms,
             p.max_splits,
             p.tiles_per_split,
+            _divisor(max(p.tiles_per_split, 1)),
             p.section_heads,
             p.section_tiles,
-            p.l2_keys,
+            min(p.l2_keys * p.heads_per_kv_load, INT32_MAX),
         ),
     )
+
+
+def _divisor(d: int) -> tuple[int, int]:
+    """The fields of a device.divisor.Divisor."""
+    shift = (d - 1).bit_length()
+    multiplier = (1 << (31 + shift)) // d + 1
+    return multiplier - (1 << 32) if multiplier >= 1 << 31 else multiplier, shift

@@ -15,7 +15,7 @@ class ClusterGroup:
     """Size of the group, and where the calling thread stands in it."""
 
     ctas: int
-    warps: int  # a CTA
+    warps: int  # a CTA; a power of two
     cta: Int32
     warp: Int32
     lane: Int32
@@ -78,9 +78,10 @@ def wide_sum_of_warp(value: Int64) -> Int64:
 
 
 @cute.jit
-def inclusive_scan_of_warp(value: Int32) -> Int32:
-    lane = cute.arch.lane_idx()
-    for i in cutlass.range_constexpr(5):
+def inclusive_scan_of_warp(value: Int32, width: int = WARP) -> Int32:
+    """Running sums over lanes; of each `width` lanes by themselves, a power of two."""
+    lane = cute.arch.lane_idx() % width
+    for i in cutlass.range_constexpr(width.bit_length() - 1):
         below = cute.arch.shuffle_sync_up(value, 1 << i)
         value = value + (below if lane >= (1 << i) else 0)
     return value

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from flash_attn_cute.device.cluster_group import WARP, ClusterGroup, inclusive_scan_of_warp
+from flash_attn_cute.device.divisor import Divisor
 
 DIGIT_BITS = 7
 DIGITS = 1 << DIGIT_BITS
@@ -18,31 +19,38 @@ DIGITS = 1 << DIGIT_BITS
 
 @dataclass(frozen=True)
 class RadixSort:
-    """Record r of the group lies in CTA r // capacity at slot r % capacity; a warp's records are consecutive.
+    """Record r of the group lies in CTA r // share at slot r % share; a warp's records are consecutive.
 
     A record is `records.shape[1]` words, of which the first has the key. There are two buffers, taken in turn.
     """
 
     group: ClusterGroup
-    items: int  # records a thread
-    records: cute.Tensor  # (capacity, words, 2) int32 in shared memory
+    items: int  # records a thread, at most
+    warp_share: Int32  # records a warp, a multiple of 32, so that the records are spread over all CTAs
+    share: Divisor  # by records a CTA
+    records: cute.Tensor  # (slots, words, 2) int32 in shared memory
     histogram: cute.Tensor  # (DIGITS, warps) int32, with a row pitch that keeps a warp's digits in different banks
     totals: cute.Tensor  # (DIGITS, ctas) int32
     starts: cute.Tensor  # (DIGITS,) int32
 
-    HISTOGRAM_PITCH = WARP + 1
-
-    @property
-    def capacity(self) -> int:
-        """Records a CTA."""
-        return self.items * WARP * self.group.warps
+    @staticmethod
+    def histogram_layout(warps: int) -> cute.Layout:
+        return cute.make_layout((DIGITS, warps), stride=(warps + 1, 1))
 
     def slot(self, item: int) -> Int32:
-        return self.group.warp * (WARP * self.items) + item * WARP + self.group.lane
+        return self.group.warp * self.warp_share + item * WARP + self.group.lane
 
     def number(self, item: int) -> Int32:
         """Of the record in `slot`, over the whole group."""
-        return self.group.cta * self.capacity + self.slot(item)
+        return self.group.cta * (self.warp_share * self.group.warps) + self.slot(item)
+
+    def is_in_share(self, item: int) -> Boolean:
+        """Whether this warp has such records at all: the same for all its lanes."""
+        return item * WARP < self.warp_share
+
+    @cute.jit
+    def is_record(self, item: int, count: Int32) -> Boolean:
+        return self.is_in_share(item) and self.number(item) < count
 
     @cute.jit
     def sort_by_digit(self, source: Int32, low_bit: Int32, count: Int32):
@@ -50,13 +58,16 @@ class RadixSort:
         first word. A thread's own records must be there; afterwards all are."""
         group = self.group
         thread = group.warp * WARP + group.lane
-        cells = cute.make_tensor(self.histogram.iterator, cute.make_layout(DIGITS * self.HISTOGRAM_PITCH))
-        for i in cutlass.range(thread, DIGITS * self.HISTOGRAM_PITCH, WARP * group.warps, unroll=1):
+        num_cells = cute.cosize(self.histogram.layout)
+        cells = cute.make_tensor(self.histogram.iterator, cute.make_layout(num_cells))
+        for i in cutlass.range(thread, num_cells, WARP * group.warps, unroll=1):
             cells[i] = 0
         cute.arch.sync_threads()
         digits, ranks = [], []
         for item in cutlass.range_constexpr(self.items):
-            digit, rank = self._rank(source, low_bit, count, item)
+            digit, rank = Int32(0), Int32(0)
+            if self.is_in_share(item):
+                digit, rank = self._rank(source, low_bit, count, item)
             digits.append(digit)
             ranks.append(rank)
         cute.arch.sync_threads()
@@ -65,18 +76,19 @@ class RadixSort:
         self._scan_digits()
         cute.arch.sync_threads()
         for item in cutlass.range_constexpr(self.items):
-            if self.number(item) < count:
+            if self.is_record(item, count):
                 place = self.starts[digits[item]] + self.histogram[digits[item], group.warp] + ranks[item]
+                cta = self.share.floor(place) if const_expr(group.ctas > 1) else Int32(0)
+                slot = place - cta * (self.warp_share * group.warps)
                 for word in cutlass.range_constexpr(cute.size(self.records, mode=[1])):
                     value = self.records[self.slot(item), word, source]
-                    slot = (place % self.capacity, word, 1 - source)
-                    group.store(self.records, slot, place // self.capacity, value)
+                    group.store(self.records, (slot, word, 1 - source), cta, value)
         group.sync()
 
     @cute.jit
     def _rank(self, source: Int32, low_bit: Int32, count: Int32, item: int):
         """(digit, how many records of this warp with the same digit come before)."""
-        is_record = self.number(item) < count
+        is_record = self.is_record(item, count)
         word = Int32(0)
         if is_record:
             word = self.records[self.slot(item), 0, source]
@@ -98,14 +110,18 @@ class RadixSort:
     def _scan_warps(self):
         """Replaces counts by how many records of the same digit the warps before hold; totals go to every CTA."""
         group = self.group
-        per_warp = DIGITS // group.warps
-        for i in cutlass.range_constexpr(per_warp):
-            digit = group.warp * per_warp + i
-            count = self.histogram[digit, group.lane]
-            upto = inclusive_scan_of_warp(count)
-            self.histogram[digit, group.lane] = upto - count
-            total = cute.arch.shuffle_sync(upto, WARP - 1)
-            group.store_everywhere(self.totals, (digit, group.cta), total)
+        # A warp takes as many digits at a time as fit into its lanes.
+        digits_at_once = WARP // group.warps
+        digits_a_warp = DIGITS // group.warps
+        of_warp = group.lane % group.warps
+        for i in cutlass.range_constexpr(digits_a_warp // digits_at_once):
+            digit = group.warp * digits_a_warp + i * digits_at_once + group.lane // group.warps
+            count = self.histogram[digit, of_warp]
+            upto = inclusive_scan_of_warp(count, group.warps)
+            self.histogram[digit, of_warp] = upto - count
+            for cta in cutlass.range_constexpr(group.ctas):
+                if of_warp == group.warps - 1:
+                    group.store(self.totals, (digit, group.cta), Int32(cta), upto)
 
     @cute.jit
     def _scan_digits(self):
