@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-# Larger than any L2 so far (H200 60 MB, B200 126 MB); writing it evicts whatever the last candidate left there.
+# Larger than any L2 so far (H200 60 MB, B200 126 MB); reading it evicts whatever the last candidate left there. Writing
+# it would as well, but leaves dirty lines, and what is measured next would pay for their way to memory.
 FLUSH_BYTES = 256 * 2**20
 # Keeps the GPU busy while the host issues the candidate, so that no launch is waited for between the two events.
 HEAD_START_CYCLES = 400_000
@@ -56,11 +57,11 @@ class CudaStopwatch:
     """CUDA events on the current stream, with the L2 flushed before each measurement."""
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
     def prepare(self) -> None:
         torch.cuda._sleep(HEAD_START_CYCLES)
-        self._flush.zero_()
+        self._flush.sum()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

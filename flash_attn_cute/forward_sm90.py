@@ -194,7 +194,8 @@ class ForwardSm90:
             if warp == LOAD_WARP:
                 self.load(q, k, v, sq, sk, sv, rings, window, tensors)
             if warp == SCHEDULE_WARP:
-                schedule(self.spec, tile_order(self.spec, tensors, scalars, source), rings.tiles, window, tensors)
+                order = tile_order(self.spec, tensors, scalars, source)
+                schedule(self.spec, order, rings.tiles, window, tensors, scalars.short_from)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)

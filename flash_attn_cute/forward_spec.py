@@ -79,7 +79,8 @@ class ForwardScalars(NamedTuple):
     grid: Int32
     section_heads: Int32
     section_tiles: Int32
-    tiles_per_split: Int32 = Int32(0)  # read where the kernel was compiled with splits
+    short_from: Int32  # the tile number from which on all tiles are short; see TileScheduler
+    tiles_per_split: Int32  # read where the kernel was compiled with splits
 
 
 def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:
@@ -126,10 +127,12 @@ def tile_order(
     )
 
 
+@cute.jit
 def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
     """KV tiles that the queries of a work tile see, or the part of them that its split has."""
     tokens = spec.tokens_per_tile
     visible = KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
     if const_expr(spec.splits):
-        return visible.of_split(work.split, work.num_splits, window.tiles_per_split)
+        if work.num_splits > 1:
+            visible = visible.of_split(work.split, work.num_splits, window.tiles_per_split)
     return visible

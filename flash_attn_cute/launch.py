@@ -14,7 +14,7 @@ from torch import Tensor
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.launch_combine import PlannedCombine
 from flash_attn_cute.plan import PlanParameters
-from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.problem import INT32_MAX, AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import (
     UNBOUNDED,
     BatchShape,
@@ -23,7 +23,13 @@ from flash_attn_cute.scheduler_metadata import (
     batch_shape,
     plan_batch,
 )
-from flash_attn_cute.tuning import forward_tile, packed_rows, packs_heads, section_of_tiles
+from flash_attn_cute.tuning import (
+    forward_tile,
+    packed_rows,
+    packs_heads,
+    section_of_tiles,
+    tiles_are_short,
+)
 
 # Compute capability -> what its kernel is compiled for.
 ARCHITECTURES = {(9, 0): "sm_90a"}
@@ -114,6 +120,7 @@ class Plan(NamedTuple):
     grid: int
     section_heads: int
     section_tiles: int
+    short_from: int
 
 
 class Target(NamedTuple):
@@ -157,8 +164,10 @@ def plan(problem: Problem, target: Target, parameters: PlanParameters | None = N
         # By what is asked and not by how much: a size that compiled another kernel would surprise a graph capture.
         key = key._replace(dynamic=key.is_uneven())
     section_heads, section_tiles = section_of_tiles(num_sms) if p.window_right is not None else (1, 0)
-    grid = num_tiles if p.scheduler == "single_tile" else min(num_tiles, num_sms)
-    return Plan(key, num_tiles, grid, section_heads, section_tiles)
+    single = p.scheduler == "single_tile"
+    short_from = 0 if not single and tiles_are_short(p.max_seqlen_k, num_tiles, num_sms) else INT32_MAX
+    grid = num_tiles if single else min(num_tiles, num_sms)
+    return Plan(key, num_tiles, grid, section_heads, section_tiles, short_from)
 
 
 def compile_kernel(key: KernelKey) -> Any:
@@ -315,6 +324,7 @@ class PreparedLaunch(NamedTuple):
             planned.grid,
             planned.section_heads,
             planned.section_tiles,
+            planned.short_from,
             planning.parameters.tiles_per_split if planning else 0,
         )
         function = combine = None

@@ -18,6 +18,7 @@ from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.plan import RATIO_BITS
+from flash_attn_cute.tuning import CLAIM
 
 WARP = 32
 
@@ -45,6 +46,26 @@ class WorkTile(NamedTuple):
         return WorkTile(m_block, head, batch, Int32(0), Int32(1), Int32(0))
 
 
+class Found(NamedTuple):
+    """The sequence that was looked up last: the next number is often one of its tiles, and then nothing is loaded."""
+
+    first: Int32  # numbers [first, end) are tiles of the sequence (or places in the order of a plan)
+    end: Int32
+    batch: Int32
+    m_blocks: Int32
+    splits: Int32
+    section: Int32  # heads walked together
+    seqlens: Seqlens
+
+    @staticmethod
+    def nothing():
+        return Found(Int32(0), Int32(0), Int32(-2), Int32(0), Int32(1), Int32(1), Seqlens.none())
+
+    @cute.jit
+    def has(self, number: Int32) -> Boolean:
+        return self.first <= number and number < self.end
+
+
 @dataclass(frozen=True)
 class TileOrder:
     """How tile numbers map to tiles.
@@ -67,21 +88,30 @@ class TileOrder:
     longest_first: bool
 
     @cute.jit
-    def decode(self, number: Int32):
-        """(WorkTile, Seqlens) of a tile number below num_tiles. All 32 lanes of a warp call it."""
-        batch, local = Int32(0), number
+    def decode(self, number: Int32, found: Found):
+        """(WorkTile, Found) of a tile number below num_tiles. All 32 lanes of a warp call it."""
         if const_expr(self.seqlens.tensors.cu_seqlens_q is not None):
-            batch, local = self._find_sequence(number)
-        seqlens = self.seqlens.of(batch)
-        if const_expr(self.seqlens.tensors.cu_seqlens_q is not None):
-            m_block, head, is_tile = self._within(local, seqlens, self.num_heads)
-            if not is_tile:
+            if not found.has(number):
+                found = self._find_sequence(number)
+            m_block, head = walk_section(number - found.first, found.m_blocks, found.section, self.num_heads)
+            m_block = self._from_end(m_block, found)
+            if number - found.first >= found.m_blocks * self.num_heads:
                 m_block = Int32(-1)
+            work = WorkTile.whole(m_block, head, found.batch)
         else:
-            m_block, head_of_all, is_tile = self._within(local, seqlens, self.num_heads * self.seqlens.batch_size)
-            batch, head = head_of_all // self.num_heads, head_of_all % self.num_heads
-            seqlens = self.seqlens.of(batch)
-        return WorkTile.whole(m_block, head, batch), seqlens
+            # All sequences have as many rows: one walk over the heads of all, whose lengths of keys may differ.
+            if found.end == 0:
+                found = self._sequence(Int32(0), Int32(0), self.num_tiles, self.num_heads * self.seqlens.batch_size)
+            all_heads = self.num_heads * self.seqlens.batch_size
+            m_block, head_of_all = walk_section(number, found.m_blocks, found.section, all_heads)
+            batch = head_of_all // self.num_heads
+            if batch != found.batch:
+                found = Found(*found[:2], batch, *found[3:6], self.seqlens.of(batch))
+            work = WorkTile.whole(self._from_end(m_block, found), head_of_all % self.num_heads, batch)
+        return work, found
+
+    def _from_end(self, m_block: Int32, found: Found) -> Int32:
+        return found.m_blocks - 1 - m_block if self.longest_first else m_block
 
     @cute.jit
     def _first_number(self, batch: Int32) -> Int32:
@@ -92,8 +122,8 @@ class TileOrder:
         return (start // self.tokens_per_tile + batch + 1) * self.num_heads
 
     @cute.jit
-    def _find_sequence(self, number: Int32):
-        """(batch, number within it) where batch is the last with _first_number(batch) <= number."""
+    def _find_sequence(self, number: Int32) -> Found:
+        """The last sequence with _first_number(sequence) <= number."""
         lane = cute.arch.lane_idx()
         low, span = Int32(-1), self.seqlens.batch_size + 2
         while span > 1:
@@ -104,19 +134,17 @@ class TileOrder:
             taken = (cute.arch.popc(cute.arch.vote_ballot_sync(is_before)) - 1) * step
             low = low + taken
             span = cutlass.min(span - taken, step)
-        return low, number - self._first_number(low)
+        end = self.num_tiles
+        if low < self.seqlens.batch_size:
+            end = self._first_number(low + 1)
+        return self._sequence(low, self._first_number(low), end, self.num_heads)
 
     @cute.jit
-    def _within(self, local: Int32, seqlens: Seqlens, num_heads: Int32):
-        """(m_block, head, whether there is such a tile) of the local-th tile of `num_heads` heads of equal length."""
+    def _sequence(self, batch: Int32, first: Int32, end: Int32, num_heads: Int32) -> Found:
+        seqlens = self.seqlens.of(batch)
         m_blocks = (seqlens.rows_q + self.tokens_per_tile - 1) // self.tokens_per_tile
-        is_tile = local < m_blocks * num_heads
         section = cutlass.max(self.section_heads, self.section_tiles // cutlass.max(m_blocks, 1))
-        section = cutlass.min(section, num_heads)
-        m_block, head = walk_section(local, m_blocks, section, num_heads)
-        if const_expr(self.longest_first):
-            m_block = m_blocks - 1 - m_block
-        return m_block, head, is_tile
+        return Found(first, end, batch, m_blocks, Int32(1), cutlass.min(section, num_heads), seqlens)
 
 
 @cute.jit
@@ -168,22 +196,31 @@ class PlannedOrder:
         )
 
     @cute.jit
-    def decode(self, number: Int32):
-        """(WorkTile, Seqlens) of a tile number below num_tiles. All 32 lanes of a warp call it."""
+    def decode(self, number: Int32, found: Found):
+        """(WorkTile, Found) of a tile number below num_tiles. All 32 lanes of a warp call it."""
         place = self._place(number)
-        sums = self.work.cu_total_splits_m_blocks
-        index = last_at_most(sums, cute.size(self.work.entries, mode=[0]), place // self.num_heads)
-        entry = cute.make_rmem_tensor(4, Int32)
-        cute.autovec_copy(self.work.entries[index, None], entry)
-        batch, m_blocks, splits, section = (entry[i] for i in range(4))
-        first = sums[index] * self.num_heads
-        step, head = walk_section(place - first, m_blocks * splits, section, self.num_heads)
-        m_block, split = step // splits, step % splits
+        if not found.has(place):
+            found = self._find_sequence(place)
+        splits = found.splits
+        step, head = walk_section(place - found.first, found.m_blocks * splits, found.section, self.num_heads)
+        m_block, split = step, Int32(0)
+        if splits > 1:
+            m_block, split = step // splits, step % splits
         if const_expr(self.longest_first):
-            m_block = m_blocks - 1 - m_block
+            m_block = found.m_blocks - 1 - m_block
         # Split sequences are the first of the order, so that their work tiles count the slots.
-        slot = first + (head * m_blocks + m_block) * splits + split if splits > 1 else Int32(0)
-        return WorkTile(m_block, head, batch, split, splits, slot), self.seqlens.of(batch)
+        slot = found.first + (head * found.m_blocks + m_block) * splits + split if splits > 1 else Int32(0)
+        return WorkTile(m_block, head, found.batch, split, splits, slot), found
+
+    @cute.jit
+    def _find_sequence(self, place: Int32) -> Found:
+        sums, entries = self.work.cu_total_splits_m_blocks, self.work.entries
+        index = last_at_most(sums, cute.size(entries, mode=[0]), place // self.num_heads)
+        entry = cute.make_rmem_tensor(4, Int32)
+        cute.autovec_copy(entries[index, None], entry)
+        batch, m_blocks, splits, section = (entry[i] for i in range(4))
+        first, end = sums[index] * self.num_heads, sums[index + 1] * self.num_heads
+        return Found(first, end, batch, m_blocks, splits, section, self.seqlens.of(batch))
 
     @cute.jit
     def _place(self, number: Int32) -> Int32:
@@ -204,24 +241,42 @@ def _scaled(count: Int32, ratio: Int32) -> Int32:
 class TileScheduler:
     """Which tile number a CTA takes next.
 
-    Without a semaphore: number + gridDim (static persistent; with a CTA a tile, the single-tile scheduler). With one:
-    the next number that no CTA has taken. `semaphore` is two int32, zero before and after every launch: numbers handed
-    out, and CTAs that are done; the last CTA resets both.
+    Numbers are handed out in claims: one number each, and from `short_from` on CLAIM of them. Without a semaphore a CTA
+    takes every gridDim-th claim (static persistent; with a CTA a claim, the single-tile scheduler), with one the next
+    that no CTA has taken. `semaphore` is two int32, zero before and after every launch: claims handed out, and CTAs
+    that are done; the last CTA resets both.
     """
 
     semaphore: cute.Tensor | None
+    short_from: Int32
+
+    @cute.jit
+    def first(self) -> Int32:
+        block, _, _ = cute.arch.block_idx()
+        return self._number(block)
 
     @cute.jit
     def next(self, number: Int32) -> Int32:
         """All 32 lanes call it and get the same number."""
-        grid, _, _ = cute.arch.grid_dim()
-        following = number + grid
-        if const_expr(self.semaphore is not None):
-            taken = Int32(0)
-            if cute.arch.lane_idx() == 0:
-                taken = cute.arch.atomic_add(self.semaphore.iterator, Int32(1), sem="relaxed", scope="gpu")
-            following = grid + cute.arch.shuffle_sync(taken, 0)
+        into_claim = number - self.short_from
+        following = number + 1
+        if into_claim < 0 or into_claim % CLAIM == CLAIM - 1:
+            grid, _, _ = cute.arch.grid_dim()
+            claim = number if into_claim < 0 else self.short_from + into_claim // CLAIM
+            claim = claim + grid
+            if const_expr(self.semaphore is not None):
+                taken = Int32(0)
+                if cute.arch.lane_idx() == 0:
+                    taken = cute.arch.atomic_add(self.semaphore.iterator, Int32(1), sem="relaxed", scope="gpu")
+                claim = grid + cute.arch.shuffle_sync(taken, 0)
+            following = self._number(claim)
         return following
+
+    @cute.jit
+    def _number(self, claim: Int32) -> Int32:
+        """The first of a claim."""
+        short = claim - self.short_from
+        return claim if short < 0 else self.short_from + short * CLAIM
 
     @cute.jit
     def finish(self):

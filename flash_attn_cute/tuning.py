@@ -94,3 +94,15 @@ def packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bo
         return used / (-(-used // tile_m) * tile_m) if used else 1.0
 
     return fill(rows) * qheads_per_kvhead / rows >= fill(1)
+
+
+# Tiles of so few keys that finding the next one takes about as long as computing it are handed out CLAIM at a time: one
+# search and one atomic for all, and the query heads of a KV head, which follow each other, find its keys in L2.
+SHORT_KEYS = 256
+CLAIM = 4
+# Claims for every SM, so that handing out several tiles at once leaves nobody without work at the end.
+CLAIMS_AN_SM = 8
+
+
+def tiles_are_short(max_seqlen_k: int | None, num_tiles: int, num_sms: int) -> bool:
+    return max_seqlen_k is not None and max_seqlen_k <= SHORT_KEYS and num_tiles >= CLAIM * CLAIMS_AN_SM * num_sms

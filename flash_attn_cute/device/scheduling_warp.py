@@ -1,14 +1,14 @@
 """The scheduling warp of a forward kernel: finds its CTA's tiles ahead of the other warps and sends them on."""
 
 import cutlass.cute as cute
-from cutlass import const_expr
+from cutlass import Int32, const_expr
 
 from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
 from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range
-from flash_attn_cute.tile_scheduler import PlannedOrder, TileMailbox, TileOrder, TileScheduler, WorkTile
+from flash_attn_cute.tile_scheduler import Found, PlannedOrder, TileMailbox, TileOrder, TileScheduler, WorkTile
 
 
 @cute.jit
@@ -24,14 +24,20 @@ def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: Forwar
 
 @cute.jit
 def schedule(
-    spec: ForwardSpec, order: TileOrder | PlannedOrder, mailbox: TileMailbox, window: Window, tensors: ForwardTensors
+    spec: ForwardSpec,
+    order: TileOrder | PlannedOrder,
+    mailbox: TileMailbox,
+    window: Window,
+    tensors: ForwardTensors,
+    short_from: Int32,
 ):
     """Sends every tile of this CTA that sees a key, and at last `WorkTile.none()`. Tiles that see none it settles."""
-    scheduler = TileScheduler(tensors.semaphore)
+    scheduler = TileScheduler(tensors.semaphore, short_from)
     position = MbarrierRing.start()
-    number, _, _ = cute.arch.block_idx()
+    number, found = scheduler.first(), Found.nothing()
     while number < order.num_tiles:
-        work, seqlens = order.decode(number)
+        work, found = order.decode(number, found)
+        seqlens = found.seqlens
         if work.is_work():
             if kv_range(spec, work, seqlens, window).num_tiles() > 0:
                 mailbox.send(position, work, seqlens)

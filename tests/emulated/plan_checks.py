@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flash_attn_cute.launch_combine import PlannedCombine
 from flash_attn_cute.plan import PlanParameters, plan_sequences, work_tiles
+from flash_attn_cute.problem import INT32_MAX
 from flash_attn_cute.reference import combine_reference
 from flash_attn_cute.scheduler_metadata import UNBOUNDED, Extents, LengthTensors, plan_batch, sequences_of
 
@@ -153,10 +154,17 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
         for p in (parameters(), parameters(max_splits=1, heads=3), parameters(tiles_per_split=9)):
             metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
             expected = work_tiles(specification(lengths, extents, p), p.heads, longest_first=True)
-            for schedule in ("in-order", "random"):
+            # The second time tiles are handed out several at once from the middle on.
+            for schedule, short_from in (("in-order", INT32_MAX), ("random", len(expected) // 2)):
                 emulation.reschedule(schedule, seed=1)
                 seen, taken = record(
-                    metadata, lengths.cu_seqlens_q, extents.rows_q, ctas=7, dynamic=dynamic, longest_first=True
+                    metadata,
+                    lengths.cu_seqlens_q,
+                    extents.rows_q,
+                    ctas=7,
+                    short_from=short_from,
+                    dynamic=dynamic,
+                    longest_first=True,
                 )
                 count = len(expected)
                 assert seen[:count, :6].tolist() == [list(tile) for tile in expected]
