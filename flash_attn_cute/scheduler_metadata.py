@@ -21,6 +21,11 @@ UNBOUNDED = 1 << 30
 MAX_BATCH = 32766
 MAX_WORK_TILES = 1 << 30  # work tiles are numbered in int32, and interleaved in 30-bit fixed point
 BACKENDS = ("auto", "cute", "emulator", "reference")
+# A batch counts as ragged from this many sequences on, if its longest query is so many times the mean.
+RAGGED_BATCH = 8
+RAGGED_RATIO = 4
+# Query rows (tokens x heads) below which a launch is over before an order could matter.
+ROWS_AN_SM = 256
 # Part of L2 that keys may fill: the rest is queries, outputs and what is on its way.
 L2_PART_FOR_KEYS = (1, 2)
 
@@ -124,11 +129,12 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
     p = problem
     if metadata is False and p.seqlen_k_per_split is not None:
         _fail("scheduler_metadata", "False with seqlen_k_per_split", "None or a plan: without one nothing is split")
-    if not metadata and (metadata is False or (p.num_splits == 1 and p.seqlen_k_per_split is None)):
+    asks_for_splits = p.num_splits != 1 or p.seqlen_k_per_split is not None
+    if metadata is False or (metadata is None and not asks_for_splits and not _planning_pays(p, target.num_sms)):
         return None
     shape = _Shape(p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v)
     given = metadata.parameters if metadata else None
-    l2_bytes = 0 if given else _l2_bytes(torch.device(p.device_type))
+    l2_bytes = 0 if given else _l2_bytes(p.device_type)
     parameters = _parameters(
         shape,
         _Target("cute", target.architecture, given.num_sms if given else target.num_sms, l2_bytes),
@@ -144,6 +150,19 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
         return BatchShape(parameters, extents, p.q_packed)
     _check_belongs(metadata, parameters, extents, p.q_packed)
     return metadata.shape
+
+
+def _planning_pays(p: Problem, num_sms: int) -> bool:
+    """Whether the order of a plan is worth its launch, as far as the host can tell.
+
+    It is where a few long query sequences lie among many short ones: what is bound by memory then runs beside what is
+    bound by arithmetic. On an H200 4 prefill chunks among 96 decodes take 1.54 ms with a plan and 1.76 without; batches
+    of equal or of random lengths gain nothing (benchmarks/results/2026-11-21-scheduler-h200.md).
+    """
+    if not p.q_packed or p.max_seqlen_q is None or p.scheduler not in ("auto", "dynamic"):
+        return False
+    is_ragged = p.batch_size >= RAGGED_BATCH and p.max_seqlen_q * p.batch_size >= RAGGED_RATIO * p.total_q
+    return is_ragged and p.total_q * p.num_heads >= ROWS_AN_SM * num_sms
 
 
 def _check_belongs(metadata: SchedulerMetadata, parameters: PlanParameters, extents: Extents, packed_q: bool) -> None:
@@ -352,7 +371,9 @@ def _target(device: torch.device, backend: str, num_sms: int | None) -> _Target:
 
 
 @functools.cache
-def _l2_bytes(device: torch.device) -> int:
+def _l2_bytes(device: torch.device | str) -> int:
+    if torch.device(device).type != "cuda":
+        return 0
     return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_attn_cute import SchedulerMetadata, get_scheduler_metadata
+from flash_attn_cute.launch import Target
 from flash_attn_cute.plan import (
     GRANULARITIES,
     TILE_OVERHEAD,
@@ -18,7 +19,8 @@ from flash_attn_cute.plan import (
     plan_sequences,
     work_tiles,
 )
-from flash_attn_cute.scheduler_metadata import UNBOUNDED
+from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.scheduler_metadata import UNBOUNDED, batch_shape
 
 CAUSAL = PlanParameters(
     heads=8,
@@ -169,3 +171,26 @@ def test_wrong_arguments_are_named(changes, message):
     )
     with pytest.raises((ValueError, TypeError), match=message):
         get_scheduler_metadata(**given | changes)
+
+
+def test_a_call_plans_by_itself_where_prefill_lies_among_decodes():
+    def shape_of(lengths_q, metadata=None, scheduler="auto", num_splits=1):
+        total = sum(lengths_q)
+        offsets = torch.empty(len(lengths_q) + 1, dtype=torch.int32, device="meta")
+        q, k = (torch.empty(total, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+        problem = Problem.from_arguments(
+            AttentionTensors(q, k, k, offsets, offsets),
+            max_seqlen_q=max(lengths_q),
+            causal=True,
+            scheduler=scheduler,
+            num_splits=num_splits,
+        )
+        return batch_shape(problem, Target("sm_90a", 132), metadata)
+
+    mixed = [2048] * 4 + [1] * 96
+    assert shape_of(mixed) is not None
+    assert shape_of(mixed, metadata=False) is None
+    assert shape_of(mixed, scheduler="static") is None
+    assert shape_of([2048] * 32) is None and shape_of([1] * 100) is None
+    assert shape_of([64] + [1] * 40) is None  # over before an order could matter
+    assert shape_of([1] * 100, num_splits=0) is not None
