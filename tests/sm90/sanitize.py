@@ -31,6 +31,7 @@ CALLS = [
     ("d192-128 causal", {"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
     ("d72 causal", {"head_dim": 72}, {"causal": True}),
     ("batched, seqused", {"head_dim": 128, "layout_q": "batched", "layout_k": "batched"}, {"causal": True}),
+    ("splits of 128 keys, planned", {"head_dim": 128, "heads": 8}, {"causal": True, "seqlen_k_per_split": 128}),
     (
         "sink, softcap, unused rows",
         {"head_dim": 128, "sink_dtype": torch.bfloat16, "slack_q": 3, "slack_k": 5},
