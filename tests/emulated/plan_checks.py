@@ -173,6 +173,45 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
     emulation.reschedule("in-order")
 
 
+@pytest.mark.parametrize("ctas", [7, None], ids=["persistent", "single-tile"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_every_tile_is_handed_out_once_without_a_plan(emulation, longest_first, dynamic, ctas):
+    """Each query tile and head of every sequence and of the padding; other numbers say that they are no tile."""
+    from tests.emulated.work_recorder import record_unplanned
+
+    generator = random.Random(5)
+    tokens, heads = 8, 3
+    for lengths in ([generator.randrange(40) for _ in range(60)], [0] * 40, [700, *[1] * 33], [17], []):
+        before, behind = 5, 9
+        total = before + sum(lengths) + behind
+        num_tiles = (total // tokens + len(lengths) + 2) * heads
+        owners = [(-1, before), *enumerate(lengths), (len(lengths), behind)]
+        expected = {
+            (m_block, head, batch)
+            for batch, rows in owners
+            for m_block in range(-(-rows // tokens))
+            for head in range(heads)
+        }
+        for schedule, short_from in (("in-order", INT32_MAX), ("random", num_tiles // 3)):
+            emulation.reschedule(schedule, seed=1)
+            seen, taken = record_unplanned(
+                running(lengths, before),
+                total,
+                heads,
+                num_tiles,
+                ctas or num_tiles,
+                short_from,
+                dynamic=dynamic,
+                longest_first=longest_first,
+                tokens_per_tile=tokens,
+            )
+            assert (taken == 1).all()
+            tiles = [tuple(row[:3]) for row in seen.tolist() if row[0] >= 0]
+            assert len(tiles) == len(expected) and set(tiles) == expected
+    emulation.reschedule("in-order")
+
+
 def prepared_combine(metadata, tile_rows, out_shape, has_lse=True, **options) -> PlannedCombine:
     device = metadata.entries.device
     return PlannedCombine.prepare(

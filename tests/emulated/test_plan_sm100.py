@@ -2,6 +2,7 @@
 
 from tests.emulated.plan_checks import (  # noqa: F401
     test_batch_sizes,
+    test_every_tile_is_handed_out_once_without_a_plan,
     test_every_work_tile_is_handed_out_once,
     test_no_bit_of_a_plan_depends_on_the_order_of_events,
     test_nothing_is_merged_where_nothing_is_split,
