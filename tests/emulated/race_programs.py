@@ -411,6 +411,19 @@ END:
         block=32,
         grid=2,
     ),
+    "the last CTA resets a counter that none of them stores to": Program(
+        """
+@!%p3 bra END;
+red.global.add.u32 [%rd0], 1; //@ count
+atom{order|.acq_rel|.relaxed}.gpu.global.add.u32 %r11, [%rd0+64], 1;
+setp.ne.u32 %p5, %r11, 1; @%p5 bra END;
+st.global.b32 [%rd0], 0; //@ reset
+END:
+""",
+        {"order": ("reset", "count")},
+        block=32,
+        grid=2,
+    ),
     "atomics need no order, plain stores do": Program(
         """
 @!%p3 bra END;

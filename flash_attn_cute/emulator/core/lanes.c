@@ -181,11 +181,12 @@ void op_redux(Warp *w, const Instr *in, uint32_t mask)
     FOR_LANES(d[i] = out);
 }
 
-/* elect.sync: the lowest member leads. r: d, p, members. */
+/* elect.sync: the lowest member leads. r: d, p, members. Alone among the .sync instructions it passes nothing between lanes, so for
+ * the race check they do not synchronise here: what it elects a lane for has to come behind something that does. */
 void op_elect(Warp *w, const Instr *in, uint32_t mask)
 {
     uint32_t members = R32(2)[__builtin_ctz(mask)];
-    if (!require_lanes(w, members))
+    if (!gather_lanes(w, members))
         return;
     uint32_t leader = (uint32_t)__builtin_ctz(members & mask), *d = R32(0), *p = R32(1);
     FOR_LANES(d[i] = leader; p[i] = (uint32_t)i == leader ? ~0u : 0);

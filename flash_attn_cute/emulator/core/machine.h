@@ -273,6 +273,7 @@ void count_wavefronts(Machine *m, SharedAccess access, const uint32_t *addresses
 /* warp.c */
 int warp_pick(Warp *w);
 int warp_run(Warp *w, int budget);
+int gather_lanes(Warp *w, uint32_t needed);
 int require_lanes(Warp *w, uint32_t needed);
 void warp_retry(Warp *w);
 void warp_block(Warp *w, WaitKind kind, uint32_t value, uint32_t phase);

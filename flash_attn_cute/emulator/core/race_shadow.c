@@ -143,27 +143,27 @@ static Transition transition(const Touch *touch, uint32_t from, uint8_t bytes)
     Transition out = {.from = from, .to = from, .serial = races->serial, .bytes = bytes, .flags = (uint8_t)flags};
     for (uint32_t k = 0; k < old->count; k++) {
         const Record *r = &old->records[k];
-        int same = same_operation(r, &who->record) && r->flags == flags, ordered = 1, pending = 0;
+        int same = same_operation(r, &who->record) && r->flags == flags, ordered = 0;
         if (same) {
             merged = (int)k;
             complete = !(bytes & ~r->bytes);
             out.pending |= write ? 0 : PENDING_READ;
         } else if (r->bytes & bytes) {
-            int conflicts = ((r->flags | flags) & TOUCH_WRITE) && !morally_strong(r, &who->record, flags);
-            /* Lanes of one warp since they last synchronised: which lane it was decides. */
-            if (unknown_lane(who, r) && !morally_strong(r, &who->record, flags)) {
+            int strong = morally_strong(r, &who->record, flags);
+            if (unknown_lane(who, r) && !strong) /* which lane it was decides: check_lanes */
                 out.pending |= r->flags & TOUCH_WRITE ? PENDING_WRITE : PENDING_READ;
-                ordered = 0, pending = 1;
-            } else if (conflicts || !write)
+            else {
                 ordered = race_ordered(who, r, flags);
-            if (conflicts && !ordered && !pending)
-                conflict(touch, r);
+                if (!ordered && !strong && ((r->flags | flags) & TOUCH_WRITE))
+                    conflict(touch, r);
+            }
         }
-        int superseded = !(r->bytes & ~bytes) && !same;
-        if (superseded && !write) /* a read takes the place of reads that it follows */
-            superseded = !(r->flags & TOUCH_WRITE) &&
-                         ((r->actor == who->record.actor && r->cluster == who->record.cluster && !(r->lanes & ~who->record.lanes)) ||
-                          (ordered && !((r->flags | flags) & TOUCH_ASYNC)));
+        /* Whoever knows of this access knows of an earlier one by the same lanes, and of one that it is ordered behind; but what reads
+         * may not stand for a write, nor an access of one proxy for one of the other. */
+        int followed = r->actor == who->record.actor && r->cluster == who->record.cluster && !(r->lanes & ~who->record.lanes);
+        int stands = write || !(r->flags & TOUCH_WRITE);
+        int superseded = stands && !(r->bytes & ~bytes) &&
+                         (followed || (ordered && (write || !((r->flags | flags) & TOUCH_ASYNC))));
         if (!superseded && !same && kept < MOST_RECORDS)
             keep[kept++] = (uint8_t)k;
     }

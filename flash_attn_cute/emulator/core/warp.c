@@ -98,16 +98,23 @@ void warp_retry(Warp *w)
 }
 
 /* True where the lanes in `needed` that still live are all here; parks the fragment before the instruction otherwise. */
-int require_lanes(Warp *w, uint32_t needed)
+int gather_lanes(Warp *w, uint32_t needed)
 {
-    if (((needed & w->live) & ~w->mask) == 0) {
-        if (w->machine->races)
-            race_warp_sync(w, needed & w->live);
+    if (((needed & w->live) & ~w->mask) == 0)
         return 1;
-    }
     warp_retry(w);
     warp_block(w, WAIT_CONVERGE, needed, 0);
     return 0;
+}
+
+/* The same for an instruction at which they synchronise. */
+int require_lanes(Warp *w, uint32_t needed)
+{
+    if (!gather_lanes(w, needed))
+        return 0;
+    if (w->machine->races)
+        race_warp_sync(w, needed & w->live);
+    return 1;
 }
 
 static inline __attribute__((always_inline)) int run(Warp *w, int budget, int races)
