@@ -304,16 +304,16 @@ class ForwardSm90:
         work, seqlens = rings.tiles.receive(tile_position)
         if work.is_work():
             self._wait_first(rings, q_position, kv_position)
-            self._issue_scores(me, rings, q_position, kv_position)
+            self._issue_scores(me, rings, q_position, kv_position, fence=True)
             warpgroup.wait_group(0)
         while work.is_work():
             me.softmax.reset()
             wgmma.flat(me.o).fill(0.0)
             kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
-            rings.q.release(q_position)
+            rings.q.release_converged(q_position)
             if const_expr(self.rescale_late):
                 me.softmax.rescale(wgmma.flat(me.o))
-            self._issue_output(me, rings, kv_position)
+            self._issue_output(me, rings, kv_position, fence=True)
 
             tile_position = tile_position.next()
             following, following_seqlens = rings.tiles.receive(tile_position)
@@ -323,9 +323,9 @@ class ForwardSm90:
                 self._wait_first(rings, q_following, k_following)
             # Not under that condition: what is in flight has to be the same on every path, or ptxas serialises all
             # products. At the end it computes the last scores again, from stages that nobody fills any more.
-            self._issue_scores(me, rings, q_following, k_following)
+            self._issue_scores(me, rings, q_following, k_following, fence=False)
             warpgroup.wait_group(1)
-            rings.v.release(kv_position)
+            rings.v.release_converged(kv_position)
             self._write(me, work, seqlens, tensors)
             warpgroup.wait_group(0)
             work, seqlens = following, following_seqlens
@@ -364,7 +364,7 @@ class ForwardSm90:
         limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(2))
         masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
         full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
-        rings.k.release(kv_position)
+        rings.k.release_converged(kv_position)
         self._softmax(me, scalars, limits, kv.end - 1)
         self._store_p(me)
         if const_expr(window.right is not None):
@@ -395,16 +395,16 @@ class ForwardSm90:
         following = position.next()
         rings.k.wait_full(following)
         self._wait_turn(me.warpgroup)
-        self._issue_scores(me, rings, q_position, following)
+        self._issue_scores(me, rings, q_position, following, fence=True)
         if const_expr(self.rescale_late):
             me.softmax.rescale(wgmma.flat(me.o))
-        self._issue_output(me, rings, position)
+        self._issue_output(me, rings, position, fence=self.rescale_late)
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
-        rings.k.release(following)
+        rings.k.release_converged(following)
         self._softmax(me, scalars, limits, kv_tile)
         warpgroup.wait_group(0)
-        rings.v.release(position)
+        rings.v.release_converged(position)
         self._store_p(me)
         if const_expr(not self.rescale_late):
             me.softmax.rescale(wgmma.flat(me.o))
@@ -415,14 +415,16 @@ class ForwardSm90:
         rings.k.wait_full(k_position)
 
     @cute.jit
-    def _issue_scores(self, me: Consumer, rings: Rings, q_position: RingPosition, k_position: RingPosition):
+    def _issue_scores(
+        self, me: Consumer, rings: Rings, q_position: RingPosition, k_position: RingPosition, fence: cutlass.Constexpr
+    ):
         q = me.q[None, None, None, rings.q.stage(q_position)]
-        wgmma.issue(me.s_mma, me.s, q, me.k[None, None, None, rings.k.stage(k_position)], False)
+        wgmma.issue(me.s_mma, me.s, q, me.k[None, None, None, rings.k.stage(k_position)], False, fence)
 
     @cute.jit
-    def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition):
+    def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition, fence: cutlass.Constexpr):
         rings.v.wait_full(position)
-        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True)
+        wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit
     def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, kv_tile: Int32):

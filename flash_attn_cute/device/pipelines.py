@@ -81,5 +81,11 @@ class MbarrierRing:
     def release(self, position: RingPosition):
         """Whole warp: one arrival that says this warp has read the stage."""
         cute.arch.sync_warp()
+        self.release_converged(position)
+
+    @cute.jit
+    def release_converged(self, position: RingPosition):
+        """The same behind something that all lanes execute together, after the last of them has read the stage: what
+        wgmma reads, wgmma.wait_group.sync.aligned tells all lanes that it has."""
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.empty_barrier(position))

@@ -2,15 +2,26 @@
 
 import cutlass
 import cutlass.cute as cute
+from cutlass import const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 
 @cute.jit
 def issue(
-    tiled_mma: cute.TiledMma, accumulator: cute.Tensor, a: cute.Tensor, b: cute.Tensor, accumulate: cutlass.Constexpr
+    tiled_mma: cute.TiledMma,
+    accumulator: cute.Tensor,
+    a: cute.Tensor,
+    b: cute.Tensor,
+    accumulate: cutlass.Constexpr,
+    fence: cutlass.Constexpr,
 ):
-    """Issues accumulator (+)= a @ b as one committed group; the caller waits. a, b: (atom, m or n, k) fragments."""
-    warpgroup.fence()
+    """Issues accumulator (+)= a @ b as one committed group; the caller waits. a, b: (atom, m or n, k) fragments.
+
+    `fence` may be False where a product with a fence was issued since anything but a product used the accumulator, or
+    operands in registers: that fence covers these, too.
+    """
+    if const_expr(fence):
+        warpgroup.fence()
     # An atom of its own: setting ACCUMULATE on a shared one would leak into other control-flow branches.
     atom = cute.make_mma_atom(tiled_mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, accumulate)
