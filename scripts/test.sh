@@ -22,7 +22,7 @@ run() { "$python" -m pytest -n "${FLASH_ATTN_CUTE_TEST_WORKERS:-2}" "$@"; }
 
 # Kernels in the emulator: one architecture a process. Arguments that select none of these tests (exit 5) are no failure.
 if [ ${#targets[@]} -gt 0 ]; then
-    run --emulate sm_90a tests/emulated/test_*_sm90.py "$@" || [ $? -eq 5 ]
-    run --emulate sm_100a tests/emulated/test_*_sm100.py "$@" || [ $? -eq 5 ]
+    run --emulate sm_90a --emulate-check all tests/emulated/test_*_sm90.py "$@" || [ $? -eq 5 ]
+    run --emulate sm_100a --emulate-check all tests/emulated/test_*_sm100.py "$@" || [ $? -eq 5 ]
 fi
 run "${targets[@]}" "$@"

@@ -67,6 +67,18 @@ def test_a_missing_wait_is_noticed_and_a_fence_survives(mutate):
     assert f"noticed: {noticed} of {len(found)} " in result.stdout
 
 
+def test_the_race_check_notices_the_fence_as_well(mutate):
+    result = mutate("--check", "all", "--verbose", "--seconds", "10", "--seeds", "1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = outcomes(result.stdout)
+    assert ("deleted: fence.mbarrier_init.release.cluster", "Race") in found
+    # What is left: nobody waits for what the last arrival says, nor for the lanes before it, and a fresh ring is empty.
+    survivors = sorted(what.split()[1] for what, outcome in found if outcome == "survived")
+    assert survivors == ["bar.warp.sync", "mbarrier.arrive.shared.b64", "mbarrier.try_wait.parity.shared.b64"], (
+        result.stdout
+    )
+
+
 def test_a_program_that_is_wrong_by_itself_is_refused(mutate):
     result = mutate("--limit", "1", after=["wrong"])
     assert result.returncode == 1 and "noticed" not in result.stdout
