@@ -31,7 +31,8 @@ def kernel(counters: cute.Tensor, x: cute.Tensor, out: cute.Tensor):
         out[tile, thread] = value
         tile = take(counters, shared, thread)
     if thread == 0:
-        done = cute.arch.atomic_add(counters.iterator + 1, Int32(1))
+        # Ordered, so that the last one stores behind everybody else's additions.
+        done = cute.arch.atomic_add(counters.iterator + 1, Int32(1), sem="acq_rel", scope="gpu")
         if done == CTAS - 1:
             counters[0] = 0
             counters[1] = 0
