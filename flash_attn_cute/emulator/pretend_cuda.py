@@ -247,6 +247,10 @@ def install(patches: Patches, gpu: devices.Device, graphs: Graphs) -> None:
         patches.set(torch.cuda.nvtx, name, _constant(0))
     patches.set(torch.cuda.nvtx, "range", lambda *args, **kwargs: contextlib.nullcontext())
     patches.set(torch.version, "cuda", f"{devices.DRIVER_VERSION // 1000}.{devices.DRIVER_VERSION % 1000 // 10}")
+    profile = torch.profiler.profile
+    # The host's activity is recorded, whatever was asked for: no device tells of its own.
+    on_host = [torch.profiler.ProfilerActivity.CPU]
+    patches.set(torch.profiler, "profile", lambda activities=None, **options: profile(activities=on_host, **options))
     # How tvm-ffi and Triton ask for the current stream.
     patches.set(torch._C, "_cuda_getCurrentRawStream", lambda device=0: _Streams.current.cuda_stream)
     _install_operators(patches)

@@ -57,6 +57,9 @@ def test_a_program_sees_a_gpu(tmp_path):
         from cuda.bindings import driver, runtime
 
         assert sys.argv[1:] == ["argument"] and __name__ == "__main__"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            torch.ones(2, device="cuda").sum()
+        assert any(event.key == "aten::sum" for event in profile.key_averages())
         assert torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
         assert torch.cuda.get_device_properties(0).multi_processor_count == 6
 
