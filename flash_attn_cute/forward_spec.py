@@ -9,7 +9,7 @@ from cutlass import Float32, Int32, const_expr
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.tile_scheduler import PlannedOrder, PlannedWork, TileOrder, WorkTile
-from flash_attn_cute.tuning import Sm90Tile
+from flash_attn_cute.tuning import Sm90Tile, Sm100Tile
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ForwardSpec:
     """What is fixed when a kernel is compiled."""
 
     dtype: type  # cutlass.BFloat16 or cutlass.Float16
-    tile: Sm90Tile
+    tile: Sm90Tile | Sm100Tile
     qheads_per_kvhead: int
     rows_per_token: int  # rows a token takes in a query tile: 1, or at least qheads_per_kvhead where heads are packed
     causal: bool
@@ -33,6 +33,11 @@ class ForwardSpec:
     @property
     def tokens_per_tile(self) -> int:
         return self.tile.tile_m // self.rows_per_token
+
+    @property
+    def query_box(self) -> tuple:
+        """((heads, tokens), columns) that one load of queries takes; see ragged_tma.query_view."""
+        return (self.rows_per_token, self.tile.query_rows // self.rows_per_token), self.tile.head_dim
 
 
 class ForwardTensors(NamedTuple):

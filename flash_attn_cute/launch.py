@@ -32,7 +32,7 @@ from flash_attn_cute.tuning import (
 )
 
 # Compute capability -> what its kernel is compiled for.
-ARCHITECTURES = {(9, 0): "sm_90a"}
+ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 TMA_ALIGNMENT = 16
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -55,8 +55,8 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "scheduler='clc'"
     if problem.softmax_scale <= 0.0:
         return f"softmax_scale={problem.softmax_scale}, which is not positive"
-    if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.tile_m) == 0:
-        return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {tile.tile_m})"
+    if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.query_rows) == 0:
+        return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {tile.query_rows})"
     return None
 
 
@@ -146,9 +146,9 @@ def plan(problem: Problem, target: Target, parameters: PlanParameters | None = N
     group = p.qheads_per_kvhead
     packed = p.pack_gqa
     if packed is None:
-        packed = packs_heads(group, p.total_q / max(p.batch_size, 1), tile.tile_m)
+        packed = packs_heads(group, p.total_q / max(p.batch_size, 1), tile.query_rows)
     packed = packed and group > 1
-    rows = packed_rows(group, tile.tile_m) if packed else 1
+    rows = packed_rows(group, tile.query_rows) if packed else 1
     tokens = tile.tile_m // rows  # of a query tile
     heads = p.num_heads_kv if packed else p.num_heads
     if p.q_packed:
@@ -177,6 +177,7 @@ def compile_kernel(key: KernelKey) -> Any:
     from cutlass import Float32, Int32
 
     from flash_attn_cute.forward_sm90 import ForwardSm90
+    from flash_attn_cute.forward_sm100 import ForwardSm100
     from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
     from flash_attn_cute.tile_scheduler import PlannedWork
 
@@ -216,7 +217,7 @@ def compile_kernel(key: KernelKey) -> Any:
         if key.planned
         else None,
     )
-    rows = packed_rows(key.qheads_per_kvhead, tile.tile_m) if key.packed else 1
+    rows = packed_rows(key.qheads_per_kvhead, tile.query_rows) if key.packed else 1
     spec = ForwardSpec(
         dtype,
         tile,
@@ -230,8 +231,9 @@ def compile_kernel(key: KernelKey) -> Any:
     )
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in ForwardScalars._fields[2:]))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+    kernel = ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100
     options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
-    return cute.compile(ForwardSm90(spec), tensors, scalars, stream, options=options)
+    return cute.compile(kernel(spec), tensors, scalars, stream, options=options)
 
 
 SEMAPHORES_A_BLOCK = 512

@@ -323,11 +323,11 @@ def _parameters(
     if tile is None:
         raise NotImplementedError(f"head dimensions ({shape.head_dim}, {shape.head_dim_v}) on {target.architecture}")
     group = shape.num_heads // shape.num_heads_kv
-    packed = tuning.packs_heads(group, mean_seqlen_q, tile.tile_m) if pack_gqa is None else pack_gqa
+    packed = tuning.packs_heads(group, mean_seqlen_q, tile.query_rows) if pack_gqa is None else pack_gqa
     packed = packed and group > 1
-    rows = tuning.packed_rows(group, tile.tile_m) if packed else 1
+    rows = tuning.packed_rows(group, tile.query_rows) if packed else 1
     if rows == 0:
-        raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {tile.tile_m})")
+        raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {tile.query_rows})")
     tiles_per_split, max_splits = 0, num_splits or MAX_SPLITS
     if seqlen_k_per_split is not None:
         if type(seqlen_k_per_split) is not int or seqlen_k_per_split < 1:

@@ -7,7 +7,7 @@ never meet, so tile_m is free.
 
 from typing import NamedTuple
 
-SM90_SMEM_BYTES = 227 * 1024
+SMEM_BYTES = 227 * 1024  # of a CTA, on Hopper and on Blackwell
 
 
 class Sm90Tile(NamedTuple):
@@ -23,6 +23,11 @@ class Sm90Tile(NamedTuple):
     @property
     def tile_m(self) -> int:
         return 64 * self.consumers
+
+    @property
+    def query_rows(self) -> int:
+        """Rows that are loaded and multiplied together: whole tokens have to fit into them."""
+        return self.tile_m
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -50,15 +55,101 @@ SM90_TILES = {
 }
 
 
-_TILES = {"sm_90a": SM90_TILES}
+class Sm100Tile(NamedTuple):
+    """Shape of the work of one CTA: `query_tiles` tiles of 128 query rows in flight, each with a softmax warpgroup.
+
+    Keys and values share one ring of stages. A stage takes `k_columns` columns of a K tile or `v_rows` rows of a V
+    tile, which are pieces of the dimension that its product sums over.
+    """
+
+    query_tiles: int
+    tile_n: int
+    k_columns: int
+    v_rows: int
+    kv_stages: int
+    polynomial_pairs: int  # of 16 pairs of columns, those whose exponentials are polynomials
+    head_dim: int  # padded: what the tiles hold
+    head_dim_v: int
+
+    @property
+    def query_rows(self) -> int:
+        return 128
+
+    @property
+    def tile_m(self) -> int:
+        return self.query_rows * self.query_tiles
+
+    @property
+    def score_buffers(self) -> int:
+        """Of each query tile. A query tile alone needs two, or the tensor cores would wait for its softmax."""
+        return 2 // self.query_tiles
+
+    @property
+    def output_over_queries(self) -> bool:
+        """Whether outputs are staged where the queries were, for want of shared memory."""
+        return self.smem_bytes_with_output > SMEM_BYTES - SM100_SMALL_BYTES
+
+    @property
+    def k_pieces(self) -> int:
+        return self.head_dim // self.k_columns
+
+    @property
+    def v_pieces(self) -> int:
+        return self.tile_n // self.v_rows
+
+    @property
+    def stage_elements(self) -> int:
+        return max(self.tile_n * self.k_columns, self.v_rows * self.head_dim_v)
+
+    @property
+    def smem_bytes_with_output(self) -> int:
+        output = self.tile_m * self.head_dim_v
+        return 2 * (self.tile_m * self.head_dim + output + self.kv_stages * self.stage_elements)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Of queries, keys, values and outputs."""
+        output = 2 * self.tile_m * self.head_dim_v
+        return self.smem_bytes_with_output - (output if self.output_over_queries else 0)
+
+    @property
+    def output_column(self) -> int:
+        """Where outputs begin in tensor memory, behind the two score buffers."""
+        return 2 * self.tile_n
+
+    @property
+    def tensor_memory_columns(self) -> int:
+        return self.output_column + self.query_tiles * self.head_dim_v
+
+    @property
+    def registers(self) -> tuple[int, int, int]:
+        """(softmax, correction, other) registers a thread after reallocation, of 64 K in all."""
+        return {2: (208, 56, 40), 1: (232, 168, 104)}[self.query_tiles]
 
 
-def forward_tile(architecture: str, head_dim: int, head_dim_v: int) -> Sm90Tile | None:
+# Barriers, row factors, row totals and the tile mailbox.
+SM100_SMALL_BYTES = 5 * 1024 // 2
+
+SM100_TILES = {
+    (64, 64): Sm100Tile(2, 128, 64, 128, 6, 4, 64, 64),
+    (96, 96): Sm100Tile(2, 128, 96, 128, 5, 4, 96, 96),
+    # Three stages: the keys and values in use, and one on its way.
+    (128, 128): Sm100Tile(2, 128, 128, 128, 3, 4, 128, 128),
+    # Pieces of 16 KiB: whole tiles of keys and values would leave no room for a third.
+    (192, 128): Sm100Tile(2, 128, 64, 64, 8, 4, 192, 128),
+    (192, 192): Sm100Tile(1, 128, 64, 32, 11, 0, 192, 192),
+    (256, 256): Sm100Tile(1, 128, 64, 32, 10, 0, 256, 256),
+}
+
+_TILES = {"sm_90a": SM90_TILES, "sm_100a": SM100_TILES, "sm_103a": SM100_TILES}
+
+
+def forward_tile(architecture: str, head_dim: int, head_dim_v: int) -> Sm90Tile | Sm100Tile | None:
     """The tile for head dimensions, rounded up to the next pair that has one, or None where there is no kernel."""
     tiles = _TILES[architecture]
     if head_dim == head_dim_v:
         for padded in (64, 96, 128, 192, 256):
-            if head_dim <= padded:
+            if head_dim <= padded and (padded, padded) in tiles:
                 return tiles[(padded, padded)]
     return tiles.get((head_dim, head_dim_v))
 

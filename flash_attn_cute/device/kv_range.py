@@ -70,5 +70,10 @@ class KvRange(NamedTuple):
             first = first + split * num_tiles // num_splits
         return KvRange(first, end, self.full_first, self.full_end)
 
+    def within(self, other):
+        """The tiles of this range that are in the other too."""
+        first, end = cutlass.max(self.first, other.first), cutlass.min(self.end, other.end)
+        return KvRange(first, end, self.full_first, self.full_end)
+
     def num_tiles(self):
         return cutlass.max(self.end - self.first, 0)

@@ -1,4 +1,4 @@
-"""Masking of a score tile held in WGMMA accumulator registers."""
+"""Masking of a score tile, held in WGMMA accumulator registers or as a row a thread."""
 
 from typing import NamedTuple
 
@@ -42,3 +42,15 @@ def mask_scores(scores: cute.Tensor, rows: tuple, kv_tile: Int32, tile_n: int):
                 if const_expr(limits.first is not None):
                     hidden = hidden or column < first
                 scores[i] = -Float32.inf if hidden else scores[i]
+
+
+@cute.jit
+def mask_row(scores: cute.Tensor, limits: RowLimits, kv_tile: Int32, tile_n: int):
+    """Sets to -inf what a row does not see. Element i of `scores` is column i."""
+    end = limits.end - kv_tile * tile_n
+    first = Int32(0) if const_expr(limits.first is None) else limits.first - kv_tile * tile_n
+    for i in cutlass.range_constexpr(tile_n):
+        hidden = i >= end
+        if const_expr(limits.first is not None):
+            hidden = hidden or i < first
+        scores[i] = -Float32.inf if hidden else scores[i]

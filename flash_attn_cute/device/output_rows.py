@@ -6,7 +6,7 @@ an exchange within the quad turns its 4-byte pieces into 16-byte ones, so a warp
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -18,6 +18,11 @@ from flash_attn_cute.device.softmax import OnlineSoftmax
 
 QUAD = 4
 ROW_STEP = 8  # the two rows of a thread in an m64 accumulator are 8 apart
+
+
+def token_of_row(spec, work, row: Int32) -> Int32:
+    """The query of the sequence that a row of a query tile belongs to."""
+    return work.m_block * spec.tokens_per_tile + row // spec.rows_per_token
 
 
 class RowPlace(NamedTuple):
@@ -33,7 +38,7 @@ class RowPlace(NamedTuple):
     @cute.jit
     def of(spec, work, seqlens: Seqlens, row: Int32):
         """Where row `row` of a query tile goes. A token may take more rows than it has heads: those go nowhere."""
-        token = work.m_block * spec.tokens_per_tile + row // spec.rows_per_token
+        token = token_of_row(spec, work, row)
         head, is_row = work.head, token < seqlens.rows_q
         if const_expr(spec.packed):
             in_group = row % spec.rows_per_token
@@ -46,33 +51,19 @@ class RowPlace(NamedTuple):
 class OutputRows:
     """The two rows of a query tile that a thread holds."""
 
-    first_token: Int32  # of the tile, in the sequence
-    first_row: Int32  # of this thread, in the tile
-    head: Int32  # work.head
-    batch: Int32
-    rows_per_token: int
-    qheads_per_kvhead: int
+    spec: Any  # a ForwardSpec
+    work: Any  # a WorkTile
+    first_row: Int32
 
     @staticmethod
     def of_thread(spec, work, warpgroup: Int32, thread: Int32):
-        row = warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD
-        return OutputRows(
-            work.m_block * spec.tokens_per_tile, row, work.head, work.batch, spec.rows_per_token, spec.qheads_per_kvhead
-        )
+        return OutputRows(spec, work, warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD)
 
     def token(self, r: int) -> Int32:
-        return self.first_token + (self.first_row + ROW_STEP * r) // self.rows_per_token
+        return token_of_row(self.spec, self.work, self.first_row + ROW_STEP * r)
 
-    @cute.jit
     def place(self, r: int, seqlens: Seqlens) -> RowPlace:
-        """Where row r of this thread goes. A token may take more rows than it has heads: those go nowhere."""
-        token = self.token(r)
-        head, is_row = self.head, token < seqlens.rows_q
-        if const_expr(self.rows_per_token != 1):
-            in_group = (self.first_row + ROW_STEP * r) % self.rows_per_token
-            head = self.head * self.qheads_per_kvhead + in_group
-            is_row = is_row and in_group < self.qheads_per_kvhead
-        return RowPlace(self.batch, seqlens.offset_q + token, head, is_row, token < seqlens.len_q)
+        return RowPlace.of(self.spec, self.work, seqlens, self.first_row + ROW_STEP * r)
 
     @cute.jit
     def write(self, o: cute.Tensor, softmax: OnlineSoftmax, seqlens: Seqlens, tensors):
@@ -99,7 +90,7 @@ class OutputRows:
                     elif const_expr(8 * QUAD * i < dim_v):
                         if column < dim_v // 8:
                             cute.autovec_copy(chunks[i], out_chunks[None, column])
-                _store_lse(tensors.lse, place, lse)
+                _store_lse_once(tensors.lse, place, lse)
 
     @cute.jit
     def write_partial(self, o: cute.Tensor, softmax: OnlineSoftmax, seqlens: Seqlens, slot: Int32, tensors):
@@ -162,10 +153,7 @@ def clear_rows(spec, work, seqlens: Seqlens, tensors):
                     column = i + thread % QUAD
                     if column < cute.size(out_row) // 8:
                         cute.autovec_copy(zeros, cute.logical_divide(out_row, cute.make_layout(8))[None, column])
-                lse = -Float32.inf
-                if const_expr(tensors.sink is not None):
-                    lse = tensors.sink[place.head].to(Float32) if place.is_query else lse
-                _store_lse(tensors.lse, place, lse)
+                _store_lse_once(tensors.lse, place, _lse_of_nothing(place, tensors))
 
 
 @cute.jit
@@ -182,14 +170,55 @@ def _output_row(out: cute.Tensor, place: RowPlace) -> cute.Tensor:
 
 
 @cute.jit
-def _store_lse(lse: cute.Tensor | None, place: RowPlace, value: Float32):
+def _store_lse_once(lse: cute.Tensor | None, place: RowPlace, value: Float32):
     """By one thread of the quad that holds the row."""
     if const_expr(lse is not None):
         if cute.arch.lane_idx() % QUAD == 0:
-            if const_expr(cute.rank(lse) == 2):
-                lse[place.head, place.row] = value
-            else:
-                lse[place.batch, place.head, place.row] = value
+            store_lse(lse, place, value)
+
+
+def store_lse(lse: cute.Tensor | None, place: RowPlace, value: Float32):
+    if const_expr(lse is not None):
+        if const_expr(cute.rank(lse) == 2):
+            lse[place.head, place.row] = value
+        else:
+            lse[place.batch, place.head, place.row] = value
+
+
+@cute.jit
+def clear_row(place: RowPlace, tensors):
+    """One thread writes a row that sees no key: zeros, and -inf or, for a query with a sink, the sink."""
+    if place.is_row:
+        out_row = _output_row(tensors.out, place)
+        zeros = cute.make_rmem_tensor(8, tensors.out.element_type)
+        zeros.fill(0.0)
+        for i in cutlass.range_constexpr(cute.size(out_row) // 8):
+            cute.autovec_copy(zeros, cute.logical_divide(out_row, cute.make_layout(8))[None, i])
+        store_lse(tensors.lse, place, _lse_of_nothing(place, tensors))
+
+
+@cute.jit
+def copy_rows(spec, work, seqlens: Seqlens, first_row: int, staged: cute.Tensor, tensors):
+    """One warp copies staged rows (rows, padded Dv) of a query tile, from `first_row` on, to their places."""
+    rows, columns = staged.shape
+    row_chunks = cute.size(columns) // 8
+    lane = cute.arch.lane_idx()
+    for i in cutlass.range(cute.size(rows) * row_chunks // 32, unroll=1):
+        row, chunk = (32 * i + lane) // row_chunks, (32 * i + lane) % row_chunks
+        place = RowPlace.of(spec, work, seqlens, first_row + row)
+        if place.is_row:
+            out_row = _output_row(tensors.out, place)
+            if chunk < cute.size(out_row) // 8:
+                source = cute.logical_divide(staged[row, None], cute.make_layout(8))[None, chunk]
+                cute.autovec_copy(source, cute.logical_divide(out_row, cute.make_layout(8))[None, chunk])
+
+
+@cute.jit
+def _lse_of_nothing(place: RowPlace, tensors):
+    lse = -Float32.inf
+    if const_expr(tensors.sink is not None):
+        lse = tensors.sink[place.head].to(Float32) if place.is_query else lse
+    return lse
 
 
 def _transpose_in_quad(words: list, lane: Int32) -> list:

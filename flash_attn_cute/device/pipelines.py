@@ -18,7 +18,10 @@ class RingPosition(NamedTuple):
     count: Int32
 
     def next(self):
-        return RingPosition(self.count + 1)
+        return self.advanced(1)
+
+    def advanced(self, stages):
+        return RingPosition(self.count + stages)
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,23 @@ class MbarrierRing:
         # A fresh ring is empty: the wait for the opposite parity passes at once on the first round.
         cute.arch.mbarrier_wait(self.empty + self.stage(position), self._parity(position) ^ 1)
 
+    def wait_released(self, position: RingPosition):
+        """Until what was filled at `position` has been released."""
+        cute.arch.mbarrier_wait(self.empty + self.stage(position), self._parity(position))
+
     @cute.jit
     def acquire_for_bytes(self, position: RingPosition, num_bytes: int):
         """Whole warp: wait until the stage is empty, then announce the bytes of the copies that the caller issues."""
         self.wait_empty(position)
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(self.full_barrier(position), num_bytes)
+
+    @cute.jit
+    def fill(self, position: RingPosition):
+        """Whole warp: one arrival that says this warp has filled the stage."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.full_barrier(position))
 
     @cute.jit
     def release(self, position: RingPosition):

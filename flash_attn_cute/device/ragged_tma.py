@@ -8,6 +8,9 @@ Triton's "ragged TMA"; quack uses it for stores.) No neighbour's rows, NaN among
 move only their own bytes.
 """
 
+from dataclasses import dataclass
+
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 from cutlass.cute.nvgpu import cpasync
@@ -64,16 +67,47 @@ def key_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, packed: bool, 
     return cute.domain_offset((source.shape[0] - seqlens.len_k, 0), rows)
 
 
-def tile_loader(atom: cute.CopyAtom, rows: cute.Tensor, box, smem: cute.Tensor, ring: MbarrierRing):
-    """A function (ring position, tile number) that acquires the stage and starts the copy. Whole warps call it."""
-    tiles = cute.local_tile(rows, box, (None, 0))
-    to, source = cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(tiles, 0, 2)
-    )
-    num_bytes = cute.size_in_bytes(smem.element_type, cute.select(smem.layout, mode=[0, 1]))
+def output_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, first_token: Int32, ragged: bool):
+    """As `query_rows`, but up to the last row that the sequence owns, which `seqused_q` does not change."""
+    if const_expr(ragged):
+        seqlens = Seqlens(seqlens.offset_q, seqlens.rows_q, seqlens.rows_q, seqlens.offset_k, seqlens.len_k)
+    return query_rows(source, seqlens, batch, head, first_token, ragged)
 
-    def load(position: RingPosition, tile: Int32):
-        ring.acquire_for_bytes(position, num_bytes)
-        cute.copy(atom, source[None, tile], to[None, ring.stage(position)], tma_bar_ptr=ring.full_barrier(position))
 
-    return load
+@dataclass(frozen=True)
+class TileLoader:
+    """Copies tiles of one operand into the stages of a ring.
+
+    A stage, (rows, columns) of shared memory, takes one box or several side by side.
+    """
+
+    atom: cute.CopyAtom
+    source: cute.Tensor  # (box, row tile, box column) coordinates
+    to: cute.Tensor  # (box, 1, box column, stage)
+    ring: MbarrierRing
+    first_stage: int  # which of `to` is the first of the ring
+
+    @staticmethod
+    def create(
+        atom: cute.CopyAtom, rows: cute.Tensor, box, smem: cute.Tensor, ring: MbarrierRing, first_stage: int = 0
+    ):
+        """smem: (rows, columns, stages); box: (rows, columns), of which the rows may be (heads, tokens)."""
+        tiles = cute.local_tile(rows, box, (None, None))
+        stages = cute.flat_divide(smem, (cute.size(smem, mode=[0]), box[1]))
+        to, source = cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(stages, 0, 2), cute.group_modes(tiles, 0, 2)
+        )
+        return TileLoader(atom, source, to, ring, first_stage)
+
+    @cute.jit
+    def load(self, position: RingPosition, row_tile: Int32, column_tile: Int32 = 0):
+        """Acquires the stage and starts the copy. Whole warps call it. `column_tile` counts stages, not boxes."""
+        box_columns = cute.size(self.to, mode=[2])
+        element_bits = self.to.element_type.width
+        num_bytes = cute.size(self.to, mode=[0]) * box_columns * element_bits // 8
+        self.ring.acquire_for_bytes(position, num_bytes)
+        stage, barrier = self.first_stage + self.ring.stage(position), self.ring.full_barrier(position)
+        # A loop rather than copies side by side: the operands of each take registers of a kind of which there are few.
+        for i in cutlass.range(box_columns, unroll=1):
+            column = column_tile * box_columns + i
+            cute.copy(self.atom, self.source[None, row_tile, column], self.to[None, 0, i, stage], tma_bar_ptr=barrier)

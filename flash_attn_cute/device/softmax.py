@@ -100,16 +100,22 @@ class OnlineSoftmax:
         row_sum = self.row_sum[row]
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=1)
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=2)
-        # Not told by the maximum, which is -inf too where every score is NaN: those rows have to show it.
-        nothing = row_sum == 0.0
-        row_max = 0.0 if self.row_max[row] == -Float32.inf else self.row_max[row]
-        lse_of_nothing = -Float32.inf
-        if const_expr(sink is not None):
-            row_sum = row_sum + exp2(fma(-row_max, self.scale_log2, sink * LOG2_E))
-            lse_of_nothing = sink
-        lse = fma(row_max, self.scale_log2, cute.math.log2(row_sum, fastmath=True)) * LN2
-        if const_expr(sink is not None):
-            # The sum can only overflow by a sink far above every score, which then is the log-sum-exp.
-            lse = sink if row_sum == Float32.inf else lse
-        factor = 0.0 if nothing else cute.arch.rcp_approx(row_sum)
-        return factor, lse_of_nothing if nothing else lse
+        return normalise(self.row_max[row], row_sum, self.scale_log2, sink)
+
+
+@cute.jit
+def normalise(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Float32 | None):
+    """(factor for the output row, log-sum-exp) of a row that was summed relative to `row_max`, an unscaled score."""
+    # Not told by the maximum, which is -inf too where every score is NaN: those rows have to show it.
+    nothing = row_sum == 0.0
+    row_max = 0.0 if row_max == -Float32.inf else row_max
+    lse_of_nothing = -Float32.inf
+    if const_expr(sink is not None):
+        row_sum = row_sum + exp2(fma(-row_max, scale_log2, sink * LOG2_E))
+        lse_of_nothing = sink
+    lse = fma(row_max, scale_log2, cute.math.log2(row_sum, fastmath=True)) * LN2
+    if const_expr(sink is not None):
+        # The sum can only overflow by a sink far above every score, which then is the log-sum-exp.
+        lse = sink if row_sum == Float32.inf else lse
+    factor = 0.0 if nothing else cute.arch.rcp_approx(row_sum)
+    return factor, lse_of_nothing if nothing else lse

@@ -129,9 +129,20 @@ def test_supported():
 
 
 @pytest.mark.parametrize("dims", tuning.SM90_TILES, ids=str)
-def test_tiles_fit_shared_memory(dims):
+def test_hopper_tiles_fit(dims):
     barriers_and_mailbox = 1024
-    assert tuning.SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SM90_SMEM_BYTES
+    assert tuning.SM90_TILES[dims].smem_bytes + barriers_and_mailbox <= tuning.SMEM_BYTES
+
+
+@pytest.mark.parametrize("dims", tuning.SM100_TILES, ids=str)
+def test_blackwell_tiles_fit(dims):
+    tile = tuning.SM100_TILES[dims]
+    assert tile.smem_bytes + tuning.SM100_SMALL_BYTES <= tuning.SMEM_BYTES
+    assert tile.tensor_memory_columns <= 512
+    # What is in use at one time: the values of one KV tile and the keys of the next.
+    assert tile.kv_stages > tile.k_pieces + tile.v_pieces
+    softmax, correction, other = tile.registers
+    assert 128 * (tile.query_tiles * softmax + correction + other) <= 64 * 1024
 
 
 @pytest.mark.parametrize(
@@ -224,12 +235,24 @@ def stack_bytes(cubin: bytes) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_compiles_for_sm_90a_without_spills(name, tmp_path):
+# On Blackwell a few that differ most; FLASH_ATTN_CUTE_COMPILE_ALL=1 takes all of them, on both of its architectures.
+BLACKWELL = [
+    ("sm_100a", "d128-packed-causal-gqa4"),
+    ("sm_100a", "d128-batched-seqused-window-sink-softcap"),
+    ("sm_100a", "d192-128-causal"),
+    ("sm_100a", "d256-window"),
+    ("sm_103a", "d64-causal"),
+]
+if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
+    BLACKWELL = [(architecture, name) for architecture in ("sm_100a", "sm_103a") for name in CONFIGURATIONS]
+
+
+@pytest.mark.parametrize("architecture, name", [*(("sm_90a", name) for name in CONFIGURATIONS), *BLACKWELL])
+def test_compiles_without_spills(architecture, name, tmp_path):
     """In a process of its own: the architecture and the dump are read from the environment once."""
-    key = PLAIN._replace(**CONFIGURATIONS[name])
+    key = PLAIN._replace(architecture=architecture, **CONFIGURATIONS[name])
     environment = os.environ | {
-        "CUTE_DSL_ARCH": "sm_90a",
+        "CUTE_DSL_ARCH": architecture,
         "CUTE_DSL_KEEP": "cubin",
         "CUTE_DSL_DUMP_DIR": str(tmp_path),
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),

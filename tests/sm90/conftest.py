@@ -5,25 +5,8 @@ Run it with `pytest tests/sm90 -n 8`: workers share compiled kernels through the
 
 from pathlib import Path
 
-import pytest
-import torch
-
-HERE = Path(__file__).parent
-
-
-def _why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a Hopper GPU: there is no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if major != 9:
-        return f"needs a Hopper GPU: {torch.cuda.get_device_name()} has compute capability {major}.{minor}"
-    return None
+from tests.gpu_matrix import skip_without
 
 
 def pytest_collection_modifyitems(items):
-    reason = _why_not()
-    if reason is None:
-        return
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    skip_without("Hopper", 9, items, Path(__file__).parent)

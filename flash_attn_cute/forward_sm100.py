@@ -1,0 +1,971 @@
+"""Attention forward on Blackwell (SM100 and SM103).
+
+One persistent CTA a SM. Accumulators are in tensor memory, and every role has warps of its own: one warp issues all
+products, a softmax warpgroup a query tile turns scores into probabilities, a correction warpgroup rescales outputs
+where a row's maximum has grown and writes them out at the end, and one warp each loads, stores and schedules (the
+division of labour of FlashAttention-4). Two query tiles of 128 rows are in flight where tensor memory has room for two
+outputs, so that the tensor cores multiply for one while the other is exponentiated; a wide head has one query tile and
+two score buffers instead. See csrc_notes/forward_sm100.md for the pipeline, the barriers and the budgets.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as blackwell
+from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+from cutlass.memory import SmemAllocator
+
+from flash_attn_cute.device import packed, ragged_tma, tensor_memory, umma
+from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.masking import RowLimits, mask_row
+from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
+from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.row_softmax import RowSoftmax
+from flash_attn_cute.device.scheduling_warp import schedule
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
+from flash_attn_cute.device.softmax import LOG2_E, normalise, tanh
+from flash_attn_cute.device.tensor_memory import Row
+from flash_attn_cute.forward_spec import (
+    ForwardScalars,
+    ForwardSpec,
+    ForwardTensors,
+    kv_range,
+    seqlen_source,
+    tile_order,
+    window_of,
+)
+from flash_attn_cute.tile_scheduler import MAILBOX_STAGES, MAILBOX_WORDS, TileMailbox, WorkTile
+
+WARP, WARPGROUP = 32, 128
+# Warps of a warpgroup, one arrival each: all of softmax, or all of correction.
+WARPS = 4
+# Columns of the output that are in registers at a time.
+OUTPUT_COLUMNS = 32
+
+
+class Operand(NamedTuple):
+    """One tensor that TMA moves: the copy, its coordinate tensor, and its layout in shared memory, stages last."""
+
+    atom: cute.CopyAtom
+    source: cute.Tensor
+    smem_layout: cute.ComposedLayout
+
+
+class Operands(NamedTuple):
+    q: Operand
+    k: Operand
+    v: Operand
+    out: Operand
+
+
+class Staging(NamedTuple):
+    """Tiles in shared memory, (rows, columns, stages)."""
+
+    q: cute.Tensor  # a stage a query tile, as out
+    k: cute.Tensor  # k and v are two views of one ring of stages
+    v: cute.Tensor
+    out: cute.Tensor
+    rescaling: cute.Tensor  # (128, 2): what each row's earlier output is multiplied by, a column a score buffer
+    normalising: cute.Tensor  # (128, query tiles): what each row's finished output is multiplied by
+
+
+@dataclass(frozen=True)
+class Rings:
+    """What warps meet on. Those of one query tile come as a function of its index."""
+
+    barriers: cute.Pointer
+    kv: MbarrierRing
+    tiles: TileMailbox
+    score_buffers: int
+
+    WORDS_OF_TILE = 16
+
+    def _of_tile(self, index, first: int, stages: int = 1) -> MbarrierRing:
+        return MbarrierRing(self.barriers + self.WORDS_OF_TILE * index + first, stages)
+
+    def q(self, index) -> MbarrierRing:
+        return self._of_tile(index, 0)
+
+    def scores(self, index) -> MbarrierRing:
+        """Full: scores are there. Released: probabilities are, and the output takes their product."""
+        return self._of_tile(index, 2, self.score_buffers)
+
+    def products(self, index) -> MbarrierRing:
+        """Full: the output is complete; with two score buffers, after each product. Nobody releases."""
+        return self._of_tile(index, 6)
+
+    def normalising(self, index) -> MbarrierRing:
+        """Full: the rows' final factors are there."""
+        return self._of_tile(index, 8)
+
+    def output(self, index) -> MbarrierRing:
+        """Full: the finished output is staged. Empty: it has been stored."""
+        return self._of_tile(index, 10)
+
+    @cute.jit
+    def init(self, query_tiles: cutlass.Constexpr):
+        self.kv.init(full_arrivals=1, empty_arrivals=1)
+        self.tiles.init()
+        for i in cutlass.range_constexpr(query_tiles):
+            self.q(i).init(full_arrivals=1, empty_arrivals=1)
+            self.scores(i).init(full_arrivals=1, empty_arrivals=2 * WARPS)
+            self.products(i).init(full_arrivals=1, empty_arrivals=1)
+            self.normalising(i).init(full_arrivals=WARPS, empty_arrivals=WARPS)
+            self.output(i).init(full_arrivals=WARPS, empty_arrivals=1)
+
+
+class Ranges(NamedTuple):
+    """KV tiles of a work tile: of each of its query tiles, and the least range that holds them."""
+
+    of: tuple
+    first: Int32
+    end: Int32
+
+
+class Products(NamedTuple):
+    """Operands of the two products: q, k, v are (atom, rows, k, stage) descriptors; s, p, o in tensor memory."""
+
+    s_mma: cute.TiledMma
+    o_mma: cute.TiledMma
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
+    s: cute.Tensor  # of score buffer 0
+    p: cute.Tensor  # (atom, rows, k, piece) of score buffer 0
+    o: cute.Tensor  # of query tile 0
+
+
+class ForwardSm100:
+    """Compile with `cute.compile(ForwardSm100(spec), ForwardTensors, ForwardScalars, stream)`."""
+
+    def __init__(self, spec: ForwardSpec):
+        self.spec = spec
+        tile = spec.tile
+        self.query_tiles = tile.query_tiles
+        self.alternates = tile.query_tiles == 2
+        softmax_warps = WARPS * tile.query_tiles
+        # Warp i of a warpgroup reaches the lanes 32 (i % 4) of tensor memory, so these begin at multiples of 4.
+        self.correction_warp = softmax_warps
+        self.mma_warp = softmax_warps + WARPS
+        self.load_warp, self.store_warp, self.schedule_warp = [self.mma_warp + i for i in (1, 2, 3)]
+        self.threads = WARP * (softmax_warps + 2 * WARPS)
+        # All but the scheduling warp hear of tiles.
+        self.mailbox_readers = softmax_warps + WARPS + 3
+        self.tokens_per_query_tile = tile.query_rows // spec.rows_per_token
+        # What one TMA instruction moves: (rows, columns), as wide as the swizzle. Queries: ((heads, tokens), columns).
+        rows_box = (spec.rows_per_token, self.tokens_per_query_tile)
+        self.q_box = (rows_box, _swizzled_columns(tile.head_dim))
+        self.k_box = (tile.tile_n, _swizzled_columns(tile.k_columns))
+        self.v_box = (tile.v_rows, _swizzled_columns(tile.head_dim_v))
+        self.out_box = (rows_box, _swizzled_columns(tile.head_dim_v))
+        # A box of queries is a box of outputs unless tokens take more rows than they have heads.
+        self.stores_boxes = spec.rows_per_token in (1, spec.qheads_per_kvhead)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Host side: descriptors, layouts, launch
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def __call__(self, tensors: ForwardTensors, scalars: ForwardScalars, stream: cuda.CUstream):
+        tile = self.spec.tile
+        s_mma, o_mma = self._tiled_mmas()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        q_view, out_view = [ragged_tma.query_view(x, ragged=tensors.packed_q) for x in (tensors.q, tensors.out)]
+        k_view, v_view = [
+            ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k) for x in (tensors.k, tensors.v)
+        ]
+        query_stage = tile.query_rows * tile.head_dim
+        q_layout = self._smem_layout(tile.query_rows, tile.head_dim, tile.query_tiles, query_stage)
+        k_layout = self._smem_layout(tile.tile_n, tile.k_columns, tile.kv_stages, tile.stage_elements)
+        v_layout = self._smem_layout(tile.v_rows, tile.head_dim_v, tile.kv_stages, tile.stage_elements)
+        out_stage = query_stage if tile.output_over_queries else tile.query_rows * tile.head_dim_v
+        out_layout = self._smem_layout(tile.query_rows, tile.head_dim_v, tile.query_tiles, out_stage)
+        operands = Operands(
+            self._operand(load, q_view, q_layout, self.q_box),
+            self._operand(load, k_view, k_layout, self.k_box),
+            self._operand(load, v_view, v_layout, self.v_box),
+            self._operand(store, out_view, out_layout, self.out_box),
+        )
+        source = seqlen_source(tensors, scalars)
+        self.kernel(operands, tensors, scalars, source, s_mma, o_mma).launch(
+            grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+        )
+
+    def _tiled_mmas(self):
+        """S = Q K^T from shared memory; O = P V with P in tensor memory."""
+        dtype, tile = self.spec.dtype, self.spec.tile
+        group, k_major, mn_major = tcgen05.CtaGroup.ONE, OperandMajorMode.K, OperandMajorMode.MN
+        s_mma = blackwell.make_trivial_tiled_mma(
+            dtype, dtype, k_major, k_major, Float32, group, (tile.query_rows, tile.tile_n)
+        )
+        o_mma = blackwell.make_trivial_tiled_mma(
+            dtype,
+            dtype,
+            k_major,
+            mn_major,
+            Float32,
+            group,
+            (tile.query_rows, tile.head_dim_v),
+            tcgen05.OperandSource.TMEM,
+        )
+        return s_mma, o_mma
+
+    def _smem_layout(self, rows: int, columns: int, stages: int, stage_elements: int) -> cute.ComposedLayout:
+        """Rows of `columns` contiguous elements, swizzled; stages are `stage_elements` apart."""
+        kind = blackwell.get_smem_layout_atom_ab(OperandMajorMode.K, self.spec.dtype, (rows, columns))
+        atom = tcgen05.make_smem_layout_atom(kind, self.spec.dtype)
+        layout = cute.tile_to_shape(atom, (rows, columns), order=(0, 1))
+        outer = cute.append(layout.outer, cute.make_layout(stages, stride=stage_elements))
+        return cute.make_composed_layout(layout.inner, 0, outer)
+
+    @staticmethod
+    def _operand(operation, view: cute.Tensor, smem_layout: cute.ComposedLayout, box) -> Operand:
+        stage = cute.select(smem_layout, mode=[0, 1])
+        boxes = cute.flat_divide(stage, (cute.size(box[0]), box[1]))
+        one = cute.select(boxes, mode=[0, 1])
+        return Operand(*cpasync.make_tiled_tma_atom(operation, view, one, box), smem_layout)
+
+    # ---------------------------------------------------------------------------------------------------------------
+    # Device side
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        operands: Operands,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        source: SeqlenSource,
+        s_mma: cute.TiledMma,
+        o_mma: cute.TiledMma,
+    ):
+        tile = self.spec.tile
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == self.load_warp:
+            for operand in operands:
+                cpasync.prefetch_descriptor(operand.atom)
+        smem = SmemAllocator()
+        staging = self._allocate(smem, operands)
+        rings = self._rings(smem)
+        columns_start = smem.allocate_array(Int32, 1)
+        if warp == self.load_warp:
+            with cute.arch.elect_one():
+                rings.init(self.query_tiles)
+                cute.arch.mbarrier_init_fence()
+        if warp == self.mma_warp:
+            cute.arch.alloc_tmem(tensor_memory.COLUMNS, columns_start)
+        tensor_memory.fence_before_arrival()
+        cute.arch.sync_threads()
+        tensor_memory.fence_after_wait()
+        columns = cute.arch.retrieve_tmem_ptr(Float32, 16, columns_start)
+        if const_expr(self.spec.splits):
+            # The combine kernel's CTAs may take the place of ours as they leave.
+            cute.arch.griddepcontrol_launch_dependents()
+
+        window = window_of(self.spec, scalars)
+        softmax_registers, correction_registers, other_registers = tile.registers
+        if warp < self.correction_warp:
+            cute.arch.setmaxregister_increase(softmax_registers)
+            self.softmax(staging, rings, columns, window, tensors, scalars)
+        elif warp < self.mma_warp:
+            if const_expr(self.alternates):
+                cute.arch.setmaxregister_decrease(correction_registers)
+            self.correct(staging, rings, columns, window, tensors)
+        else:
+            cute.arch.setmaxregister_decrease(other_registers)
+            if warp == self.mma_warp:
+                self.multiply(self._products(staging, columns, s_mma, o_mma), rings, window)
+            if warp == self.load_warp:
+                self.load(operands, staging, rings, window, tensors)
+            if warp == self.store_warp:
+                self.store(operands.out, staging, rings, window, tensors)
+            if warp == self.schedule_warp:
+                order = tile_order(self.spec, tensors, scalars, source)
+                schedule(self.spec, order, rings.tiles, window, tensors, scalars.short_from)
+        # Nobody reaches into tensor memory any more.
+        tensor_memory.fence_before_arrival()
+        cute.arch.sync_threads()
+        if warp == self.mma_warp:
+            tensor_memory.fence_after_wait()
+            cute.arch.relinquish_tmem_alloc_permit()
+            cute.arch.dealloc_tmem(columns, tensor_memory.COLUMNS)
+
+    def _allocate(self, smem: SmemAllocator, operands: Operands) -> Staging:
+        tile, dtype = self.spec.tile, self.spec.dtype
+
+        def tensor(operand: Operand, start=None) -> cute.Tensor:
+            layout = operand.smem_layout
+            if start is None:
+                # 1024 bytes: the period of the 128-byte swizzle, which works on absolute addresses.
+                return smem.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
+            return cute.make_tensor(cute.recast_ptr(start, layout.inner, dtype), layout.outer)
+
+        q = tensor(operands.q)
+        ring = smem.allocate_array(dtype, tile.kv_stages * tile.stage_elements, byte_alignment=1024)
+        k, v = tensor(operands.k, ring), tensor(operands.v, ring)
+        out = tensor(operands.out, q.iterator if tile.output_over_queries else None)
+        rows = tile.query_rows
+        rescaling = smem.allocate_tensor(Float32, cute.make_layout((rows, 2)), byte_alignment=16)
+        normalising = smem.allocate_tensor(Float32, cute.make_layout((rows, tile.query_tiles)), byte_alignment=16)
+        return Staging(q, k, v, out, rescaling, normalising)
+
+    def _rings(self, smem: SmemAllocator) -> Rings:
+        tile = self.spec.tile
+
+        def barriers(words):
+            return smem.allocate_array(cutlass.Int64, words)
+
+        slots = smem.allocate_tensor(Int32, cute.make_layout((MAILBOX_WORDS, MAILBOX_STAGES)), byte_alignment=16)
+        mailbox = MbarrierRing(barriers(MbarrierRing.words(MAILBOX_STAGES)), MAILBOX_STAGES)
+        return Rings(
+            barriers(Rings.WORDS_OF_TILE * tile.query_tiles),
+            MbarrierRing(barriers(MbarrierRing.words(tile.kv_stages)), tile.kv_stages),
+            TileMailbox(slots, mailbox, readers=self.mailbox_readers),
+            tile.score_buffers,
+        )
+
+    # What every role derives from a work tile --------------------------------------------------------------------
+
+    def _first_token(self, work: WorkTile, index) -> Int32:
+        """Of query tile `index` of a work tile, in the sequence."""
+        return work.m_block * self.spec.tokens_per_tile + index * self.tokens_per_query_tile
+
+    def _range(self, index, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
+        """KV tiles that query tile `index` of a work tile sees."""
+        tokens, tile_n = self.tokens_per_query_tile, self.spec.tile.tile_n
+        visible = KvRange.of_query_tile(seqlens, window, self._first_token(work, index), tokens, tile_n)
+        if const_expr(self.spec.splits):
+            # A split has a part of what the whole work tile sees.
+            return visible.within(kv_range(self.spec, work, seqlens, window))
+        return visible
+
+    @cute.jit
+    def _ranges(self, work: WorkTile, seqlens: Seqlens, window: Window) -> Ranges:
+        of = tuple(self._range(i, work, seqlens, window) for i in range(self.query_tiles))
+        first, end = Int32(1 << 30), Int32(0)
+        for kv in of:
+            if kv.num_tiles() > 0:
+                first, end = cutlass.min(first, kv.first), cutlass.max(end, kv.end)
+        return Ranges(of, first, end)
+
+    # Loading -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def load(self, operands: Operands, staging: Staging, rings: Rings, window: Window, tensors: ForwardTensors):
+        """The loading warp: queries, then keys and values in the order in which `multiply` takes them."""
+        spec = self.spec
+        tile_position = kv_position = MbarrierRing.start()
+        q_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            ranges = self._ranges(work, seqlens, window)
+            head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
+            k_rows, v_rows = [
+                ragged_tma.key_rows(
+                    x.source, seqlens, work.batch, head_kv, packed=tensors.packed_k, ragged=tensors.ragged_k
+                )
+                for x in (operands.k, operands.v)
+            ]
+            load_k = ragged_tma.TileLoader.create(operands.k.atom, k_rows, self.k_box, staging.k, rings.kv)
+            load_v = ragged_tma.TileLoader.create(operands.v.atom, v_rows, self.v_box, staging.v, rings.kv)
+            q_positions = self._load_queries(operands.q, staging, rings, ranges, work, seqlens, q_positions, tensors)
+            for i in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
+                key_tile = ranges.end - 1 - i
+                if const_expr(self.alternates):
+                    kv_position = self._load_values(load_v, kv_position, key_tile + 1, ranges)
+                    kv_position = self._load_keys(load_k, kv_position, key_tile, ranges)
+                else:
+                    kv_position = self._load_keys(load_k, kv_position, key_tile, ranges)
+                    kv_position = self._load_values(load_v, kv_position, key_tile + 1, ranges)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _load_queries(
+        self,
+        q: Operand,
+        staging: Staging,
+        rings: Rings,
+        ranges: Ranges,
+        work: WorkTile,
+        seqlens: Seqlens,
+        positions: tuple,
+        tensors: ForwardTensors,
+    ):
+        spec = self.spec
+        head = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
+        advanced = []
+        for i in cutlass.range_constexpr(self.query_tiles):
+            position = positions[i]
+            if ranges.of[i].num_tiles() > 0:
+                rows = ragged_tma.query_rows(
+                    q.source, seqlens, work.batch, head, self._first_token(work, i), ragged=tensors.packed_q
+                )
+                loader = ragged_tma.TileLoader.create(q.atom, rows, self.q_box, staging.q, rings.q(i), first_stage=i)
+                loader.load(position, 0)
+                position = position.next()
+            advanced.append(position)
+        return tuple(advanced)
+
+    @cute.jit
+    def _load_keys(self, loader, position: RingPosition, tile_index: Int32, ranges: Ranges):
+        pieces = self.spec.tile.k_pieces
+        if tile_index >= ranges.first:
+            for piece in cutlass.range(pieces, unroll=1):
+                loader.load(position, tile_index, piece)
+                position = position.next()
+        return position
+
+    @cute.jit
+    def _load_values(self, loader, position: RingPosition, tile_index: Int32, ranges: Ranges):
+        pieces = self.spec.tile.v_pieces
+        if tile_index < ranges.end:
+            for piece in cutlass.range(pieces, unroll=1):
+                loader.load(position, tile_index * pieces + piece)
+                position = position.next()
+        return position
+
+    # Multiplying -------------------------------------------------------------------------------------------------
+
+    def _products(self, staging: Staging, columns: cute.Pointer, s_mma, o_mma) -> Products:
+        spec, tile = self.spec, self.spec.tile
+        s_slice, o_slice = s_mma.get_slice(0), o_mma.get_slice(0)
+        v_transposed = cute.make_tensor(staging.v.iterator, cute.select(staging.v.layout, mode=[1, 0, 2]))
+        s = s_mma.make_fragment_C(s_mma.partition_shape_C((tile.query_rows, tile.tile_n)))
+        o = o_mma.make_fragment_C(o_mma.partition_shape_C((tile.query_rows, tile.head_dim_v)))
+        # Probabilities take the place of the scores that they come from.
+        p_tile = (tile.query_rows, tile.head_dim_v, tile.v_rows)
+        p_layout = blackwell.make_smem_layout_a(o_mma, p_tile, spec.dtype, tile.v_pieces).outer
+        p = o_mma.make_fragment_A(cute.make_tensor(cute.recast_ptr(columns, dtype=spec.dtype), p_layout))
+        return Products(
+            s_mma,
+            o_mma,
+            s_mma.make_fragment_A(s_slice.partition_A(staging.q)),
+            s_mma.make_fragment_B(s_slice.partition_B(staging.k)),
+            o_mma.make_fragment_B(o_slice.partition_B(v_transposed)),
+            cute.make_tensor(columns, s.layout),
+            p,
+            cute.make_tensor(columns + tile.output_column, o.layout),
+        )
+
+    @cute.jit
+    def multiply(self, products: Products, rings: Rings, window: Window):
+        """The warp that issues every product.
+
+        With two query tiles in flight: for each of them the output product of one KV tile, then the scores of the next,
+        in whose place it writes them. With one: the scores of the next KV tile, then the output product of this one.
+        """
+        tile = self.spec.tile
+        tile_position = kv_position = MbarrierRing.start()
+        q_positions = s_positions = p_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            ranges = self._ranges(work, seqlens, window)
+            for step in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
+                key_tile = ranges.end - 1 - step
+                k_pieces = tile.k_pieces if key_tile >= ranges.first else 0
+                v_pieces = tile.v_pieces if step > 0 else 0
+                if const_expr(self.alternates):
+                    k_position, v_position = kv_position.advanced(v_pieces), kv_position
+                    for i in cutlass.range_constexpr(self.query_tiles):
+                        p_positions = self._multiply_output(
+                            products, rings, ranges.of[i], i, key_tile + 1, v_position, p_positions
+                        )
+                        if const_expr(i == self.query_tiles - 1):
+                            _release_pieces(rings.kv, v_position, v_pieces)
+                        s_positions = self._multiply_scores(
+                            products, rings, ranges.of[i], i, key_tile, k_position, q_positions, s_positions
+                        )
+                    _release_pieces(rings.kv, k_position, k_pieces)
+                else:
+                    k_position, v_position = kv_position, kv_position.advanced(k_pieces)
+                    s_positions = self._multiply_scores(
+                        products, rings, ranges.of[0], 0, key_tile, k_position, q_positions, s_positions
+                    )
+                    _release_pieces(rings.kv, k_position, k_pieces)
+                    p_positions = self._multiply_output(
+                        products, rings, ranges.of[0], 0, key_tile + 1, v_position, p_positions
+                    )
+                    _release_pieces(rings.kv, v_position, v_pieces)
+                kv_position = kv_position.advanced(k_pieces + v_pieces)
+            q_positions = _advance_where(q_positions, ranges)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _multiply_scores(
+        self,
+        products: Products,
+        rings: Rings,
+        kv: KvRange,
+        i: cutlass.Constexpr,
+        key_tile: Int32,
+        k_position: RingPosition,
+        q_positions: tuple,
+        s_positions: tuple,
+    ):
+        """Scores of one query tile with one KV tile, if it sees that."""
+        tile = self.spec.tile
+        q, scores, position = rings.q(i), rings.scores(i), s_positions[i]
+        if key_tile >= kv.first and key_tile < kv.end:
+            if key_tile == kv.end - 1:
+                q.wait_full(q_positions[i])
+            s = _moved(products.s, (i + scores.stage(position)) * tile.tile_n)
+            q_pieces = cute.logical_divide(
+                products.q[None, None, None, i],
+                (None, None, cute.make_layout(cute.size(products.k, mode=[2]))),
+            )
+            for piece in cutlass.range(tile.k_pieces, unroll=1):
+                rings.kv.wait_full(k_position.advanced(piece))
+                tensor_memory.fence_after_wait()
+                k = products.k[None, None, None, rings.kv.stage(k_position.advanced(piece))]
+                umma.issue(products.s_mma, s, q_pieces[None, None, (None, piece)], k, piece > 0)
+            umma.commit(scores.full_barrier(position))
+            if const_expr(not tile.output_over_queries):
+                if key_tile == kv.first:
+                    umma.commit(q.empty_barrier(q_positions[i]))
+            position = position.next()
+        return _replaced(s_positions, i, position)
+
+    @cute.jit
+    def _multiply_output(
+        self,
+        products: Products,
+        rings: Rings,
+        kv: KvRange,
+        i: cutlass.Constexpr,
+        key_tile: Int32,
+        v_position: RingPosition,
+        p_positions: tuple,
+    ):
+        """The product of probabilities and values of one KV tile, if the query tile sees that."""
+        tile = self.spec.tile
+        scores, position = rings.scores(i), p_positions[i]
+        if key_tile >= kv.first and key_tile < kv.end:
+            scores.wait_released(position)
+            # In 16-bit elements, two of which share a column.
+            p = _moved(products.p, 2 * (i + scores.stage(position)) * tile.tile_n)
+            o = _moved(products.o, i * tile.head_dim_v)
+            for piece in cutlass.range(tile.v_pieces, unroll=1):
+                rings.kv.wait_full(v_position.advanced(piece))
+                tensor_memory.fence_after_wait()
+                v = products.v[None, None, None, rings.kv.stage(v_position.advanced(piece))]
+                accumulate = key_tile < kv.end - 1 or piece > 0
+                umma.issue(products.o_mma, o, p[None, None, None, piece], v, accumulate)
+            if const_expr(self.alternates):
+                if key_tile == kv.first:
+                    umma.commit(rings.products(i).full_barrier(position))
+            else:
+                umma.commit(rings.products(i).full_barrier(position))
+            position = position.next()
+        return _replaced(p_positions, i, position)
+
+    # Softmax -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def softmax(
+        self,
+        staging: Staging,
+        rings: Rings,
+        columns: cute.Pointer,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ):
+        """A softmax warpgroup: turns the scores of one query tile into probabilities, a row a thread."""
+        spec, tile = self.spec, self.spec.tile
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        index = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // WARPS
+        scale = scalars.softcap if const_expr(spec.softcap) else scalars.softmax_scale
+        row = RowOfScores(
+            index,
+            thread,
+            Row(columns, thread),
+            RowSoftmax.create(scale * LOG2_E, tile.polynomial_pairs),
+            cute.make_rmem_tensor(tile.tile_n, Float32),
+        )
+        tile_position = position = done = MbarrierRing.start()
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            kv = self._range(index, work, seqlens, window)
+            if kv.num_tiles() > 0:
+                row.softmax.reset()
+                place = RowPlace.of(spec, work, seqlens, index * tile.query_rows + thread)
+                position = self._softmax_of_tile(row, staging, rings, window, scalars, work, seqlens, kv, position)
+                factor, lse = self._totals(row.softmax, work, place, tensors)
+                rings.normalising(index).wait_empty(done)
+                staging.normalising[thread, index] = factor
+                rings.normalising(index).fill(done)
+                done = done.next()
+                self._store_lse(work, place, index * tile.query_rows + thread, lse, tensors)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _softmax_of_tile(
+        self,
+        row,
+        staging: Staging,
+        rings: Rings,
+        window: Window,
+        scalars: ForwardScalars,
+        work: WorkTile,
+        seqlens: Seqlens,
+        kv: KvRange,
+        position: RingPosition,
+    ):
+        """Every KV tile of a query tile, from the last to the first. Those that need no mask do not pay for one."""
+        token = token_of_row(self.spec, work, row.index * self.spec.tile.query_rows + row.thread)
+        limits = RowLimits.of_row(seqlens, window, token, Int32(0))
+        masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
+        full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
+        self._softmax_step(row, staging, rings, scalars, limits, kv.end - 1, position, is_first=True)
+        position = position.next()
+        if const_expr(window.right is not None):
+            for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
+                self._softmax_step(row, staging, rings, scalars, limits, kv.end - 2 - i, position)
+                position = position.next()
+        for i in cutlass.range(masked_end - full_first, unroll=1):
+            self._softmax_step(row, staging, rings, scalars, None, masked_end - 1 - i, position)
+            position = position.next()
+        if const_expr(window.left is not None):
+            for i in cutlass.range(full_first - kv.first, unroll=1):
+                self._softmax_step(row, staging, rings, scalars, limits, full_first - 1 - i, position)
+                position = position.next()
+        return position
+
+    @cute.jit
+    def _totals(self, softmax: RowSoftmax, work: WorkTile, place: RowPlace, tensors: ForwardTensors):
+        """(factor for the output, log-sum-exp) of a row that has seen all the keys that this work tile has for it."""
+        sink = None
+        if const_expr(tensors.sink is not None):
+            # Counts once a row: splits leave it to the combine kernel.
+            sink = -Float32.inf
+            if place.is_row and work.num_splits == 1:
+                sink = tensors.sink[place.head].to(Float32)
+        factor, lse = normalise(softmax.row_max[0], softmax.row_sum[0], softmax.scale_log2, sink)
+        return (factor, lse) if place.is_query else (Float32(0.0), -Float32.inf)
+
+    @cute.jit
+    def _store_lse(self, work: WorkTile, place: RowPlace, row: Int32, lse: Float32, tensors: ForwardTensors):
+        if const_expr(self.spec.splits):
+            if work.num_splits > 1:
+                tensors.lse_partial[work.slot, row] = lse
+            elif place.is_row:
+                store_lse(tensors.lse, place, lse)
+        else:
+            if place.is_row:
+                store_lse(tensors.lse, place, lse)
+
+    @cute.jit
+    def _softmax_step(
+        self,
+        row,
+        staging: Staging,
+        rings: Rings,
+        scalars: ForwardScalars,
+        limits,
+        key_tile: Int32,
+        position: RingPosition,
+        is_first: cutlass.Constexpr = False,
+    ):
+        """Scores in tensor memory to probabilities in their place."""
+        spec, tile = self.spec, self.spec.tile
+        scores = rings.scores(row.index)
+        buffer = row.index + scores.stage(position)
+        column = buffer * tile.tile_n
+        s = row.scores
+        scores.wait_full(position)
+        tensor_memory.fence_after_wait()
+        row.memory.load(column, s)
+        tensor_memory.wait_loaded()
+        if const_expr(spec.softcap):
+            cap = scalars.softmax_scale / scalars.softcap
+            for i in cutlass.range_constexpr(tile.tile_n):
+                s[i] = tanh(s[i] * cap)
+        if const_expr(limits is not None):
+            mask_row(s, limits, key_tile, tile.tile_n)
+        factor, offset = row.softmax.raise_max(s)
+        if const_expr(not is_first):
+            staging.rescaling[row.thread, buffer] = factor
+            cute.arch.barrier_arrive(barrier_id=_factors_barrier(buffer, row.thread), number_of_threads=2 * WARP)
+        sums = ()
+        for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.LOAD_COLUMNS):
+            block = cute.make_tensor(s.iterator + first, cute.make_layout(tensor_memory.LOAD_COLUMNS))
+            sums = row.softmax.exponentiate(block, offset, sums)
+            p = cute.make_rmem_tensor(tensor_memory.LOAD_COLUMNS, spec.dtype)
+            p.store(block.load().to(spec.dtype))
+            row.memory.store(column + first // 2, cute.recast_tensor(p, Int32))
+        tensor_memory.wait_stored()
+        tensor_memory.fence_before_arrival()
+        scores.release(position)
+        row.softmax.add(sums, factor)
+
+    # Correction --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def correct(
+        self,
+        staging: Staging,
+        rings: Rings,
+        columns: cute.Pointer,
+        window: Window,
+        tensors: ForwardTensors,
+    ):
+        """The correction warpgroup: rescales outputs where a maximum moved, and stages the finished ones.
+
+        Its arrival on a query tile's first scores also says that its output has been read and may be overwritten.
+        """
+        spec, tile = self.spec, self.spec.tile
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        memory = Row(columns, thread)
+        tile_position = MbarrierRing.start()
+        positions = done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            ranges = self._ranges(work, seqlens, window)
+            for step in cutlass.range(ranges.end - ranges.first, unroll=1):
+                key_tile = ranges.end - 1 - step
+                for i in cutlass.range_constexpr(self.query_tiles):
+                    positions = self._rescale(staging, rings, memory, ranges.of[i], i, key_tile, positions)
+            for i in cutlass.range_constexpr(self.query_tiles):
+                place = RowPlace.of(spec, work, seqlens, i * tile.query_rows + thread)
+                if ranges.of[i].num_tiles() > 0:
+                    self._finish(staging, rings, memory, i, work, place, positions[i], done[i], tensors)
+                elif work.num_splits == 1:
+                    clear_row(place, tensors)
+                else:
+                    self._store_lse(work, place, i * tile.query_rows + thread, -Float32.inf, tensors)
+            done = _advance_where(done, ranges)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _rescale(
+        self,
+        staging: Staging,
+        rings: Rings,
+        memory: Row,
+        kv: KvRange,
+        i: cutlass.Constexpr,
+        key_tile: Int32,
+        positions: tuple,
+    ):
+        tile = self.spec.tile
+        position = positions[i]
+        scores = rings.scores(i)
+        if key_tile >= kv.first and key_tile < kv.end:
+            if key_tile < kv.end - 1:
+                buffer = i + scores.stage(position)
+                cute.arch.barrier(barrier_id=_factors_barrier(buffer, memory.thread), number_of_threads=2 * WARP)
+                factor = staging.rescaling[memory.thread, buffer]
+                if const_expr(not self.alternates):
+                    # With two score buffers the scores may be ahead of the output. Waited for every time, because a
+                    # barrier's parity only tells its last phase from the one before.
+                    rings.products(i).wait_full(RingPosition(position.count - 1))
+                if cute.arch.vote_any_sync(factor != 1.0):
+                    tensor_memory.fence_after_wait()
+                    start = tile.output_column + i * tile.head_dim_v
+                    for column in cutlass.range(0, tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
+                        o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
+                        memory.load(start + column, o)
+                        tensor_memory.wait_loaded()
+                        _multiply(o, factor)
+                        memory.store(start + column, o)
+                    tensor_memory.wait_stored()
+            tensor_memory.fence_before_arrival()
+            scores.release(position)
+            position = position.next()
+        return _replaced(positions, i, position)
+
+    @cute.jit
+    def _finish(
+        self,
+        staging: Staging,
+        rings: Rings,
+        memory: Row,
+        i: cutlass.Constexpr,
+        work: WorkTile,
+        place: RowPlace,
+        position: RingPosition,
+        done: RingPosition,
+        tensors: ForwardTensors,
+    ):
+        """Normalises the output of a query tile into its stage, or that of a split into the workspace."""
+        tile = self.spec.tile
+        normalising, output = rings.normalising(i), rings.output(i)
+        normalising.wait_full(done)
+        factor = staging.normalising[memory.thread, i]
+        normalising.release(done)
+        rings.products(i).wait_full(done if const_expr(self.alternates) else RingPosition(position.count - 1))
+        tensor_memory.fence_after_wait()
+        output.wait_empty(done)
+        start = tile.output_column + i * tile.head_dim_v
+        if const_expr(self.spec.splits):
+            if work.num_splits == 1:
+                self._stage_row(staging.out[memory.thread, None, i], memory, start, factor)
+            else:
+                row = tensors.partial[work.slot, i * tile.query_rows + memory.thread, None]
+                self._write_partial_row(row, place.is_row and place.is_query, memory, start, factor)
+        else:
+            self._stage_row(staging.out[memory.thread, None, i], memory, start, factor)
+        output.fill(done)
+
+    @cute.jit
+    def _stage_row(self, staged: cute.Tensor, memory: Row, start, factor: Float32):
+        """Rounds one row of an output into shared memory, from which TMA stores it."""
+        spec = self.spec
+        chunks = cute.logical_divide(staged, cute.make_layout(8))
+        for column in cutlass.range(0, spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
+            rounded = cute.make_rmem_tensor(OUTPUT_COLUMNS, spec.dtype)
+            rounded.store(_normalised(memory, start + column, factor).load().to(spec.dtype))
+            for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 8):
+                chunk = cute.make_tensor(rounded.iterator + 8 * j, cute.make_layout(8))
+                cute.autovec_copy(chunk, chunks[None, column // 8 + j])
+        cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def _write_partial_row(self, row: cute.Tensor, is_read: Boolean, memory: Row, start, factor: Float32):
+        """Writes one row of a split's output in float32, where the combine kernel looks for it if it `is_read`."""
+        chunks = cute.logical_divide(row, cute.make_layout(4))
+        for column in cutlass.range(0, self.spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
+            o = _normalised(memory, start + column, factor)
+            for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 4):
+                chunk = cute.make_tensor(o.iterator + 4 * j, cute.make_layout(4))
+                if is_read and column + 4 * j < cute.size(row):
+                    cute.autovec_copy(chunk, chunks[None, column // 4 + j])
+
+    # Storing -----------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def store(self, out: Operand, staging: Staging, rings: Rings, window: Window, tensors: ForwardTensors):
+        """The storing warp: staged outputs to global memory."""
+        spec = self.spec
+        tile_position = MbarrierRing.start()
+        done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            ranges = self._ranges(work, seqlens, window)
+            for i in cutlass.range_constexpr(self.query_tiles):
+                if ranges.of[i].num_tiles() > 0:
+                    rings.output(i).wait_full(done[i])
+                    if work.num_splits == 1:  # others have nothing staged
+                        self._store_staged(out, staging, work, seqlens, i, tensors)
+                    rings.output(i).release(done[i])
+                    if const_expr(spec.tile.output_over_queries):
+                        rings.q(i).release(done[i])
+            done = _advance_where(done, ranges)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _store_staged(
+        self,
+        out: Operand,
+        staging: Staging,
+        work: WorkTile,
+        seqlens: Seqlens,
+        i: cutlass.Constexpr,
+        tensors: ForwardTensors,
+    ):
+        if const_expr(self.stores_boxes):
+            self._store_boxes(out, staging, work, seqlens, i, tensors)
+        else:
+            first_row = i * self.spec.tile.query_rows
+            copy_rows(self.spec, work, seqlens, first_row, staging.out[None, None, i], tensors)
+
+    @cute.jit
+    def _store_boxes(
+        self,
+        out: Operand,
+        staging: Staging,
+        work: WorkTile,
+        seqlens: Seqlens,
+        i: cutlass.Constexpr,
+        tensors: ForwardTensors,
+    ):
+        """One query tile by TMA, which stops at the sequence's last row as the loads do."""
+        spec, tile = self.spec, self.spec.tile
+        head = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
+        rows = ragged_tma.output_rows(
+            out.source, seqlens, work.batch, head, self._first_token(work, i), ragged=tensors.packed_q
+        )
+        tiles = cute.local_tile(rows, self.out_box, (None, None))
+        boxes = cute.flat_divide(staging.out, (tile.query_rows, self.out_box[1]))
+        source, target = cpasync.tma_partition(
+            out.atom, 0, cute.make_layout(1), cute.group_modes(boxes, 0, 2), cute.group_modes(tiles, 0, 2)
+        )
+        for column in cutlass.range(cute.size(source, mode=[2]), unroll=1):
+            cute.copy(out.atom, source[None, 0, column, i], target[None, 0, column])
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+@dataclass(frozen=True)
+class RowOfScores:
+    """What one thread of a softmax warpgroup holds for a whole launch."""
+
+    index: Int32  # of its query tile
+    thread: Int32  # in its warpgroup: the row
+    memory: Row
+    softmax: RowSoftmax
+    scores: cute.Tensor  # registers
+
+
+def _swizzled_columns(columns: int) -> int:
+    """Columns of 16 bits that the widest swizzle takes which divides a row."""
+    return next(width for width in (64, 32, 16, 8) if columns % width == 0)
+
+
+def _factors_barrier(buffer: Int32, thread: Int32) -> Int32:
+    """The named barrier of one softmax warp and the correction warp of the same rows. 0 is __syncthreads."""
+    return 1 + WARPS * buffer + cute.arch.make_warp_uniform(thread // WARP)
+
+
+@cute.jit
+def _normalised(memory: Row, column, factor: Float32) -> cute.Tensor:
+    """OUTPUT_COLUMNS columns of a row of the output, in registers.
+
+    A factor of 0 selects zeros: what the row of a padding query accumulated may be NaN.
+    """
+    o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
+    memory.load(column, o)
+    tensor_memory.wait_loaded()
+    _multiply(o, factor)
+    for i in cutlass.range_constexpr(OUTPUT_COLUMNS):
+        o[i] = Float32(0.0) if factor == 0.0 else o[i]
+    return o
+
+
+def _multiply(values: cute.Tensor, factor: Float32):
+    for i in range(cute.size(values) // 2):
+        pair = packed.mul((values[2 * i], values[2 * i + 1]), packed.both(factor))
+        values[2 * i], values[2 * i + 1] = pair
+
+
+def _moved(x: cute.Tensor, elements) -> cute.Tensor:
+    return cute.make_tensor(x.iterator + elements, x.layout)
+
+
+@cute.jit
+def _release_pieces(ring: MbarrierRing, first: RingPosition, count: Int32):
+    """Gives stages back when the products issued so far are complete."""
+    for piece in cutlass.range(count, unroll=1):
+        umma.commit(ring.empty_barrier(first.advanced(piece)))
+
+
+def _replaced(positions: tuple, index: int, position: RingPosition) -> tuple:
+    return tuple(position if i == index else old for i, old in enumerate(positions))
+
+
+@cute.jit
+def _advance_where(positions: tuple, ranges: Ranges) -> tuple:
+    """The next position of each query tile that saw a KV tile."""
+    advanced = []
+    for position, kv in zip(positions, ranges.of, strict=True):
+        advanced.append(RingPosition(position.count + (1 if kv.num_tiles() > 0 else 0)))
+    return tuple(advanced)

@@ -1,0 +1,71 @@
+"""The library's forward in the emulator: a small matrix, held to the reference in any order of events.
+
+`test_forward_sm90.py` and `test_forward_sm100.py` import it.
+
+With --emulate-check all, as in CI, every launch is free of races as well. FLASH_ATTN_CUTE_TEST_SEEDS says how many
+seeds the matrix runs under each schedule: 1 in CI, 10 for what is claimed of it.
+"""
+
+import os
+
+import pytest
+import torch
+
+from tests.attention_cases import assert_close_to_reference, attention, build_tensors, problem_of
+
+CUDA = "cuda"
+# Two query tiles, one row, keys without queries, queries without keys, a tail behind a whole KV tile.
+SEEDS = int(os.environ.get("FLASH_ATTN_CUTE_TEST_SEEDS", "1"))
+LENGTHS_Q, LENGTHS_K = [150, 1, 0, 3], [150, 190, 7, 0]
+CASES = {
+    "d64-causal": ({"head_dim": 64}, {"causal": True}),
+    "d128-full": ({"head_dim": 128}, {}),
+    "d128-causal-packed-heads": ({"head_dim": 128, "heads": 8}, {"causal": True, "pack_gqa": True}),
+    "d128-window": ({"head_dim": 128}, {"window_size": (60, 20)}),
+    "d40-causal-fp16": ({"head_dim": 40, "dtype": torch.float16}, {"causal": True}),
+    "d192-128-causal": ({"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
+    "d256-full": ({"head_dim": 256}, {}),
+    "d64-batched-seqused-sink-softcap": (
+        {"head_dim": 64, "layout_q": "batched", "layout_k": "batched", "slack_k": 3, "sink_dtype": torch.float32},
+        {"softcap": 20.0, "causal": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_equals_the_reference(emulation, name):
+    build, options = CASES[name]
+    tensors = build_tensors(LENGTHS_Q, LENGTHS_K, device=CUDA, **build)
+    out, lse = attention(tensors, **options)
+    assert_close_to_reference(out, lse, tensors, problem_of(tensors, **options))
+
+
+@pytest.mark.parametrize("schedule", ["random", "delayed"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_matrix_in_other_orders_of_events(emulation, name, schedule):
+    build, options = CASES[name]
+    tensors = build_tensors(LENGTHS_Q, LENGTHS_K, device=CUDA, **build)
+    for seed in range(SEEDS):
+        emulation.reschedule(schedule, seed)
+        out, lse = attention(tensors, **options)
+        assert_close_to_reference(out, lse, tensors, problem_of(tensors, **options))
+    emulation.reschedule("in-order")
+
+
+@pytest.mark.parametrize("schedule", ["random", "delayed"])
+def test_no_bit_depends_on_the_order_of_events(emulation, schedule):
+    tensors = build_tensors([150, 1, 3], [150, 190, 0], head_dim=64, device=CUDA)
+    expected = attention(tensors, causal=True, pack_gqa=False)
+    for seed in range(10):
+        emulation.reschedule(schedule, seed)
+        got = attention(tensors, causal=True, pack_gqa=False)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), seed
+    emulation.reschedule("in-order")
+
+
+def test_packing_heads_and_schedulers_change_no_bit(emulation):
+    tensors = build_tensors([150, 1, 3], [150, 190, 0], head_dim=64, heads=8, kv_heads=2, device=CUDA)
+    expected = attention(tensors, window_size=(40, 10), pack_gqa=False)
+    for options in ({"pack_gqa": True}, {"pack_gqa": False, "scheduler": "static"}, {"scheduler": "single_tile"}):
+        got = attention(tensors, window_size=(40, 10), **options)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), options
