@@ -584,7 +584,7 @@ class ForwardSm100:
         row = RowOfScores(
             index,
             thread,
-            Row(columns, thread),
+            Row.of_thread(columns, thread),
             RowSoftmax.create(scale * LOG2_E, tile.polynomial_pairs),
             cute.make_rmem_tensor(tile.tile_n, Float32),
         )
@@ -682,7 +682,6 @@ class ForwardSm100:
         scores.wait_full(position)
         tensor_memory.fence_after_wait()
         row.memory.load(column, s)
-        tensor_memory.wait_loaded()
         if const_expr(spec.softcap):
             cap = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(tile.tile_n):
@@ -692,12 +691,14 @@ class ForwardSm100:
         factor, offset = row.softmax.raise_max(s)
         if const_expr(not is_first):
             staging.rescaling[row.thread, buffer] = factor
+            # These scores came after the last output product: who hears of them may read the output.
+            tensor_memory.fence_before_arrival()
             cute.arch.barrier_arrive(barrier_id=_factors_barrier(buffer, row.thread), number_of_threads=2 * WARP)
         sums = ()
-        for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.LOAD_COLUMNS):
-            block = cute.make_tensor(s.iterator + first, cute.make_layout(tensor_memory.LOAD_COLUMNS))
+        for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.STEP):
+            block = cute.make_tensor(s.iterator + first, cute.make_layout(tensor_memory.STEP))
             sums = row.softmax.exponentiate(block, offset, sums)
-            p = cute.make_rmem_tensor(tensor_memory.LOAD_COLUMNS, spec.dtype)
+            p = cute.make_rmem_tensor(tensor_memory.STEP, spec.dtype)
             p.store(block.load().to(spec.dtype))
             row.memory.store(column + first // 2, cute.recast_tensor(p, Int32))
         tensor_memory.wait_stored()
@@ -722,7 +723,7 @@ class ForwardSm100:
         """
         spec, tile = self.spec, self.spec.tile
         thread = cute.arch.thread_idx()[0] % WARPGROUP
-        memory = Row(columns, thread)
+        memory = Row.of_thread(columns, thread)
         tile_position = MbarrierRing.start()
         positions = done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
         work, seqlens = rings.tiles.receive(tile_position)
@@ -773,7 +774,6 @@ class ForwardSm100:
                     for column in cutlass.range(0, tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
                         o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
                         memory.load(start + column, o)
-                        tensor_memory.wait_loaded()
                         _multiply(o, factor)
                         memory.store(start + column, o)
                     tensor_memory.wait_stored()
@@ -934,7 +934,6 @@ def _normalised(memory: Row, column, factor: Float32) -> cute.Tensor:
     """
     o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
     memory.load(column, o)
-    tensor_memory.wait_loaded()
     _multiply(o, factor)
     for i in cutlass.range_constexpr(OUTPUT_COLUMNS):
         o[i] = Float32(0.0) if factor == 0.0 else o[i]

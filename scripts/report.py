@@ -33,7 +33,18 @@ ARCHITECTURES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}
 MODULES = {"ours": "flash_attn_cute", "flash-attn-4": "flash_attn.cute"}
 TILE = 128
 # By a part of the kernel's name; warps of other kernels are grouped by what they execute.
-ROLES = {"flash_attn_cuteforward_sm90": {"load": [0], "schedule": [1], "idle": [2, 3], "softmax": range(4, 16)}}
+ROLES = {
+    "flash_attn_cuteforward_sm90": {"load": [0], "schedule": [1], "idle": [2, 3], "softmax": range(4, 16)},
+    # With two query tiles in flight: head dimensions up to (192, 128).
+    "flash_attn_cuteforward_sm100": {
+        "softmax": range(8),
+        "correct": range(8, 12),
+        "multiply": [12],
+        "load": [13],
+        "store": [14],
+        "schedule": [15],
+    },
+}
 
 
 class Case(NamedTuple):

@@ -4,49 +4,77 @@ from dataclasses import dataclass
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import tcgen05
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
 
-LANES = 128
 COLUMNS = 512
-LANE_STRIDE = 1 << 16
 # Columns that one instruction moves.
-LOAD_COLUMNS = 32
+STEP = 32
+_LANE_SHIFT = 16
 
 
 @dataclass(frozen=True)
 class Row:
     """One thread's lane. Warp w of a warpgroup reaches lanes 32w .. 32w + 31, so thread i has lane i."""
 
-    start: cute.Pointer  # of the allocation
-    thread: Int32  # in its warpgroup
+    thread: Int32  # within its warpgroup
+    start: Int32  # address of column 0, with the first of the warp's lanes
 
-    def _columns(self, column, count: int, dtype) -> cute.Tensor:
-        layout = cute.make_layout((LANES, count), stride=(LANE_STRIDE, 1))
-        return cute.make_tensor(cute.recast_ptr(self.start + column, dtype=dtype), layout)
+    @staticmethod
+    def of_thread(columns: cute.Pointer, thread: Int32):
+        """columns: the allocation."""
+        first_lane = cute.arch.make_warp_uniform(thread // 32) * 32
+        return Row(thread, columns.toint().to(Int32) + (first_lane << _LANE_SHIFT))
 
-    @cute.jit
     def load(self, column, registers: cute.Tensor):
-        """Starts loading float32 columns from `column` on; `wait_loaded` before the registers are read."""
-        for i, count in _pieces(cute.size(registers)):
-            source = self._columns(column + i, count, Float32)
-            atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(count)), Float32)
-            copy = tcgen05.make_tmem_copy(atom, source).get_slice(self.thread)
-            shape = copy.partition_D(source).shape
-            cute.copy(copy, copy.partition_S(source), _piece(registers, i, shape))
+        """Fills float32 registers, a multiple of STEP, with the columns from `column` on. Whole warps call it."""
+        for i, value in enumerate(_load(self.start + column, cute.size(registers))):
+            registers[i] = value
 
-    @cute.jit
     def store(self, column, registers: cute.Tensor):
         """Starts storing 32-bit registers from `column` on; `wait_stored` before anyone is told."""
-        for i, count in _pieces(cute.size(registers)):
-            target = self._columns(column + i, count, registers.element_type)
-            atom = cute.make_copy_atom(tcgen05.St32x32bOp(tcgen05.Repetition(count)), registers.element_type)
-            copy = tcgen05.make_tmem_copy(atom, target).get_slice(self.thread)
-            shape = copy.partition_S(target).shape
-            cute.copy(copy, _piece(registers, i, shape), copy.partition_D(target))
+        _store(self.start + column, [registers[i] for i in range(cute.size(registers))])
 
 
-def wait_loaded():
-    cute.arch.fence_view_async_tmem_load()
+@dsl_user_op
+def _load(address: Int32, count: int, *, loc=None, ip=None) -> list[Float32]:
+    """With its wait in one piece of assembly: between two, the compiler may move a use of what was loaded in
+    front of the wait, with which nothing connects it."""
+    pieces = [(first, min(STEP, count - first)) for first in range(0, count, STEP)]
+    lines = [
+        f"tcgen05.ld.sync.aligned.32x32b.x{length}.b32 {{{_operands(first, length)}}}, [${count} + {first}];"
+        for first, length in pieces
+    ]
+    result = llvm.inline_asm(
+        ir.Type.parse(f"!llvm.struct<({', '.join(['f32'] * count)})>"),
+        [Int32(address).ir_value(loc=loc, ip=ip)],
+        " ".join([*lines, "tcgen05.wait::ld.sync.aligned;"]),
+        ",".join(["=f"] * count + ["r"]),
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+    f32 = Float32.mlir_type
+    return [Float32(llvm.extractvalue(f32, result, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+@dsl_user_op
+def _store(address: Int32, values: list, *, loc=None, ip=None) -> None:
+    count = len(values)
+    llvm.inline_asm(
+        None,
+        [Int32(address).ir_value(loc=loc, ip=ip), *(x.ir_value(loc=loc, ip=ip) for x in values)],
+        f"tcgen05.st.sync.aligned.32x32b.x{count}.b32 [$0], {{{_operands(1, count)}}};",
+        ",".join(["r"] + ["f" if isinstance(x, Float32) else "r" for x in values]),
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
+
+
+def _operands(first: int, count: int) -> str:
+    return ", ".join(f"${first + i}" for i in range(count))
 
 
 def wait_stored():
@@ -61,17 +89,3 @@ def fence_before_arrival():
 def fence_after_wait():
     """Between the wait that told this thread of others' tcgen05 operations and its own."""
     cute.arch.inline_ptx("tcgen05.fence::after_thread_sync;")
-
-
-def _pieces(count: int):
-    """(first, length) of each instruction: powers of two."""
-    pieces, first = [], 0
-    while first < count:
-        length = min(LOAD_COLUMNS, 1 << ((count - first).bit_length() - 1))
-        pieces.append((first, length))
-        first += length
-    return pieces
-
-
-def _piece(registers: cute.Tensor, first: int, shape) -> cute.Tensor:
-    return cute.make_tensor(registers.iterator + first, cute.make_layout(shape))
