@@ -461,8 +461,9 @@ class PlanKey(NamedTuple):
 
 
 # (CTAs of the cluster, warps a CTA, sequences a thread), by capacity. Instructions are what a plan is made of, and more
-# warps repeat those that a warp does once; a cluster's barriers cost about as much as planning a thousand sequences.
-GROUPS = ((1, 8, 1), (1, 16, 2), (8, 16, 2), (8, 16, 8))
+# warps repeat those that every warp does for itself; a cluster's barriers cost about as much as planning two thousand
+# sequences. A thread takes at most 7 sequences (device/radix_sort.py).
+GROUPS = ((1, 8, 1), (1, 16, 2), (1, 16, 4), (8, 16, 1), (8, 16, 2), (8, 16, 3), (8, 16, 5), (8, 32, 4))
 
 
 def compile_kernel(key: PlanKey) -> Any:
@@ -500,10 +501,10 @@ def compile_kernel(key: PlanKey) -> Any:
 
 def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
     """Launches on the current stream."""
-    p, entries = metadata.parameters, metadata.entries
-    count = entries.shape[0]
-    ctas, warps, items = next(group for group in GROUPS if count <= 32 * math.prod(group))
-    warp_share = -(-count // (32 * ctas * warps)) * 32
+    p, entries, batch_size = metadata.parameters, metadata.entries, metadata.extents.batch_size
+    if batch_size == 0:
+        lengths = lengths._replace(seqused_q=None, seqused_k=None)
+    ctas, warps, items = next(group for group in GROUPS if batch_size <= 32 * math.prod(group))
     device = next((tensor.device for tensor in lengths if tensor is not None), entries.device)
     splitting = "whole" if p.max_splits == 1 else "fixed" if p.tiles_per_split else "by_load"
     present = (tensor is not None for tensor in lengths)
@@ -513,8 +514,6 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
         (*lengths, entries, *_sums(metadata), metadata.summary, metadata.tile_count_semaphore),
         (
             *metadata.extents,
-            warp_share,
-            _divisor(warp_share * warps),
             p.heads,
             p.heads_per_kv_load,
             p.tokens_per_tile,
@@ -524,6 +523,7 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
             p.window_left,
             p.window_right,
             p.num_sms,
+            _divisor(p.num_sms),
             p.max_splits,
             p.tiles_per_split,
             _divisor(max(p.tiles_per_split, 1)),

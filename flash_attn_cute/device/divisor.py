@@ -1,9 +1,14 @@
-"""Division by a number that many threads share: a multiplication and a shift (Granlund and Montgomery, 1994)."""
+"""Division by a number that many threads share: a multiplication and a shift (Granlund and Montgomery, 1994).
+
+And two divisions of numbers of more than 32 bits that take fewer instructions than the general one, exactly.
+"""
 
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32
+from cutlass import Float32, Int32, Int64, Uint32, Uint64
+
+INT32_MAX = (1 << 31) - 1
 
 
 class Divisor(NamedTuple):
@@ -20,9 +25,30 @@ class Divisor(NamedTuple):
         doubled = Uint32(x) << 1  # so that the upper half of the product is the product >> 31
         return Int32(cute.arch.mul_hi(doubled, Uint32(self.multiplier)) >> Uint32(self.shift))
 
-    @staticmethod
     @cute.jit
-    def of(d: Int32):
-        """On the device: takes a division of 64 bits."""
-        shift = 32 - Int32(cute.arch.clz(d - 1))
-        return Divisor(((Int64(1) << (31 + shift).to(Int64)) // d.to(Int64) + 1).to(Int32), shift)
+    def wide_ceil(self, x: Int64, d: Int32) -> Int64:
+        """ceil(x / d) for 0 <= x < 2**62. d: the number itself. Divides where x is too large to be multiplied."""
+        upto = x + (d - 1).to(Int64)
+        quotient = self.floor(upto.to(Int32)).to(Int64)
+        if upto > INT32_MAX:
+            quotient = (Uint64(upto) // Uint64(d)).to(Int64)
+        return quotient
+
+
+@cute.jit
+def ceil_of_fraction(part: Int32, whole: Int32, bits: int) -> Int32:
+    """ceil(part * 2**bits / whole) for 0 <= part <= whole < 2**30, 1 <= whole, bits at most 30.
+
+    The quotient of two floats is right to one part in 2**21, so within 2**9; what remains is divided in the same
+    way, within less than 1 of the truth; the sign of what then remains rounds.
+    """
+    wide = whole.to(Int64)
+    reciprocal = cute.arch.rcp_approx(Float32(whole))
+    quotient = Int32(Float32(part) * reciprocal * Float32(1 << bits))
+    rest = (part.to(Int64) << bits) - quotient.to(Int64) * wide
+    more = Int32(Float32(rest) * reciprocal)
+    rest = rest - more.to(Int64) * wide
+    quotient = quotient + more
+    quotient = quotient + 1 if rest > 0 else quotient
+    quotient = quotient + 1 if rest > wide else quotient
+    return quotient - 1 if rest <= -wide else quotient

@@ -120,7 +120,7 @@ def patterns(batch):
     )
 
 
-@pytest.mark.parametrize("batch", [1, 31, 32, 33, 992, 993, 1022, 1023, 4096, 20000])
+@pytest.mark.parametrize("batch", [1, 31, 32, 33, 992, 993, 1024, 1025, 4096, 20000])
 def test_batch_sizes(emulation, batch):
     for _, lengths_q, lengths_k in patterns(batch):
         metadata = assert_equals_specification(*packed(lengths_q, lengths_k, behind=5), parameters())
