@@ -1,6 +1,7 @@
 """What the race check has to know of a program before it runs: which registers of tensor instructions each row names.
 
-Registers matter that a wgmma accumulates in or reads, or that a tcgen05.ld loads: all others are a thread's own affair.
+Registers matter that a wgmma accumulates in or reads, or that a tcgen05.ld loads, and those that they are copied from:
+all others are a thread's own affair.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from .assembler import OPCODES, Program
 from .lower_fences import FENCES
 
 _ASYNCHRONOUS = ("wgmma", "tcgen05_ld")
+_COPY = "mov_b32"
 # Lists of operands that are not all registers.
 _OTHER_LISTS = ("tma_bulk", "brx", "unknown")
 
@@ -25,43 +27,57 @@ class RaceTables(ctypes.Structure):
         ("asynchronous", ctypes.c_void_p),
         ("list", ctypes.c_void_p),
         ("count", ctypes.c_int32),
+        ("copy_operation", ctypes.c_int32),
         ("before_fences", ctypes.c_int32),
         ("after_fences", ctypes.c_int32),
     ]
 
 
 def race_tables(program: Program) -> RaceTables:
-    numbers = {OPCODES[name][0] for name in _ASYNCHRONOUS}
-    rows = [_pool(program, row) for row in range(len(program.code))]
-    matter: dict[int, int] = {}
-    for row, operation in enumerate(program.code["op"].tolist()):
-        if operation in numbers:
-            for slot in rows[row]:
-                matter.setdefault(slot, len(matter))
-    ordinary, asynchronous, found = [0], [0], []
-    for row, instruction in enumerate(program.code):
-        if instruction["op"] not in numbers:
-            found += [matter[slot] for slot in (*instruction["r"].tolist(), *rows[row]) if slot in matter]
-        ordinary.append(len(found))
-    asynchronous[0] = len(found)
-    for row, instruction in enumerate(program.code):
-        if instruction["op"] in numbers:
-            found += [matter[slot] for slot in rows[row]]
-        asynchronous.append(len(found))
-    kinds = set((program.code["sub"][program.code["op"] == OPCODES["fence"][0]] & 15).tolist())
-    arrays = [np.array(numbers, np.int32) for numbers in (ordinary, asynchronous, [*found, -1])]
+    """Made once a program."""
+    if "race_tables" not in vars(program):
+        vars(program)["race_tables"] = _make(program)
+    return vars(program)["race_tables"]
+
+
+def _make(program: Program) -> RaceTables:
+    code, copy = program.code, OPCODES[_COPY][0]
+    asynchronous = [op in _numbers(_ASYNCHRONOUS) for op in code["op"].tolist()]
+    pools = _pools(program)
+    matter = {slot: None for row, pool in enumerate(pools) if asynchronous[row] for slot in pool}
+    copies = code["r"][code["op"] == copy][:, :2].tolist()
+    fixed = {*program.constants["slot"].tolist(), *program.specials["slot"].tolist()}
+    while sources := [source for to, source in copies if to in matter and source not in matter and source not in fixed]:
+        matter |= dict.fromkeys(sources)
+    numbers = {slot: number for number, slot in enumerate(matter)}
+    named = [
+        [numbers[slot] for slot in (pool if later else (*operands, *pool)) if slot in numbers]
+        for operands, pool, later in zip(code["r"].tolist(), pools, asynchronous, strict=True)
+    ]
+    # A constant that a register is set to is a name of that, too, and stands wherever the compiler likes.
+    constant = ((code["op"] == copy) & np.isin(code["r"][:, 1], list(fixed))).tolist()
+    ordinary = [[] if later or fix else slots for slots, later, fix in zip(named, asynchronous, constant, strict=True)]
+    products = [slots if later else [] for slots, later in zip(named, asynchronous, strict=True)]
+    starts = np.cumsum([0, *map(len, ordinary)]), np.cumsum([sum(map(len, ordinary)), *map(len, products)])
+    arrays = [array.astype(np.int32) for array in (*starts, np.array([*sum(ordinary + products, []), -1]))]
+    fences = set((code["sub"][code["op"] == OPCODES["fence"][0]] & 15).tolist())
     tables = RaceTables(
         *(array.ctypes.data for array in arrays),
-        len(matter),
-        FENCES["FENCE_TENSOR_BEFORE"] in kinds,
-        FENCES["FENCE_TENSOR_AFTER"] in kinds,
+        len(numbers),
+        copy,
+        FENCES["FENCE_TENSOR_BEFORE"] in fences,
+        FENCES["FENCE_TENSOR_AFTER"] in fences,
     )
     tables.arrays = arrays
     return tables
 
 
-def _pool(program: Program, row: int) -> list[int]:
-    if int(program.code["op"][row]) in {OPCODES[name][0] for name in _OTHER_LISTS}:
-        return []
-    first = int(program.code["pool"][row])
-    return program.pool[first : first + program.pool_counts[row]].tolist()
+def _numbers(names: tuple[str, ...]) -> set[int]:
+    return {OPCODES[name][0] for name in names}
+
+
+def _pools(program: Program) -> list[list[int]]:
+    """The registers among the longer operand lists, by row."""
+    without, everything = _numbers(_OTHER_LISTS), program.pool.tolist()
+    rows = zip(program.code["op"].tolist(), program.code["pool"].tolist(), program.pool_counts, strict=True)
+    return [[] if op in without else everything[first : first + count] for op, first, count in rows]

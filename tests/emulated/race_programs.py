@@ -235,7 +235,7 @@ shr.u32 %r14, %r1, 4; cvt.u64.u32 %rd2, %r14; or.b64 %rd2, %rd2, 0x800080000;
 st.shared.b16 [%r11], %h0; //@ store
 {proxy|fence.proxy.async.shared::cta;}
 {sync|bar.sync 0;}
-mov.b32 %f0, 0f00000000; mov.b32 %f1, %f0; mov.b32 %f2, %f0; mov.b32 %f3, %f0; //@ touch
+mov.b32 %f0, 0f00000000; mov.b32 %f1, %f0; mov.b32 %f2, %f0; mov.b32 %f3, %f0;
 {fence|wgmma.fence.sync.aligned;}
 PRODUCT1 //@ product
 {commit|wgmma.commit_group.sync.aligned;}
@@ -266,6 +266,7 @@ wgmma.commit_group.sync.aligned;
 {wait|wgmma.wait_group.sync.aligned 0;}
 mul.f32 %f2, %f2, %f2; //@ use
 {fence|wgmma.fence.sync.aligned;}
+mov.b32 %f4, %f0; mov.b32 %f0, %f4;
 PRODUCT1 //@ last
 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
 """,

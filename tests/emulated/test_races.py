@@ -8,6 +8,7 @@ from flash_attn_cute.emulator.engine import Engine
 from flash_attn_cute.emulator.launch import CHECKS, SCHEDULES, Allocation, EngineOptions, LaunchRecord
 from tests.emulated.race_programs import PROGRAMS
 
+RACES_ALONE = {"races", "loaded-registers"}
 RACES = [(name, missing) for name, program in PROGRAMS.items() for missing in program.missing]
 
 
@@ -33,7 +34,7 @@ def test_what_is_synchronised_is_clean(name):
 def test_what_is_not_is_told_with_both_lines(name, missing):
     program = PROGRAMS[name]
     with pytest.raises(errors.Race, match="nothing orders") as told:
-        run(program, missing, checks={"races"})  # others may fire first: what nobody waits for may not be there yet
+        run(program, missing, checks=RACES_ALONE)  # others may fire first: what nobody waits for may not be there yet
     expected = sorted(program.line(line) for line in program.missing[missing])
     assert sorted((told.value.line, told.value.other_line)) == expected, told.value
     lines = program.text(missing).splitlines()
@@ -46,7 +47,7 @@ def test_what_is_not_is_told_under_every_schedule(name, missing):
         for seed in range(3):
             # Where nobody waits, a barrier or tensor memory may be gone when the last access comes.
             with pytest.raises((errors.Race, errors.BarrierMisuse, errors.OutOfBounds)):
-                run(PROGRAMS[name], missing, schedule, seed, {"races"})
+                run(PROGRAMS[name], missing, schedule, seed, RACES_ALONE)
 
 
 def test_races_are_not_looked_for_by_default():
@@ -56,6 +57,13 @@ def test_races_are_not_looked_for_by_default():
     for checks in ({"races"}, {"default", "races"}, {"all"}):
         with pytest.raises(errors.Race):
             run(program, "warp", checks=checks)
+
+
+def test_loaded_registers_are_a_check_of_their_own():
+    program = PROGRAMS["tensor memory"]
+    run(program, "loaded", checks={"default", "races"})
+    with pytest.raises(errors.Race, match="no tcgen05.wait::ld"):
+        run(program, "loaded", checks={"loaded-registers"})
 
 
 def test_unknown_checks_are_refused():

@@ -163,7 +163,7 @@ typedef enum {
 } FaultKind;
 
 typedef enum { SCHEDULE_IN_ORDER, SCHEDULE_RANDOM, SCHEDULE_DELAYED } Schedule;
-enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16, CHECK_RACES = 32 };
+enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16, CHECK_RACES = 32, CHECK_LOADED_REGISTERS = 64 };
 
 /* Accesses to shared memory by warps: instructions, wavefronts that they took, and how many of those to conflicts of banks. */
 typedef enum { SHARED_LOAD, SHARED_STORE, SHARED_LDMATRIX, SHARED_STMATRIX, SHARED_ACCESSES } SharedAccess;
@@ -375,7 +375,10 @@ typedef enum {
 } FenceKind;
 
 /* Which registers of wgmma and tcgen05.ld each instruction names (engine.py), and which fences of tcgen05 the kernel uses at all. */
-typedef struct { const int32_t *ordinary, *asynchronous, *list; int32_t count, before_fences, after_fences; } RaceTables;
+typedef struct {
+    const int32_t *ordinary, *asynchronous, *list; /* of an instruction: from where to where in the list */
+    int32_t count, copy_operation, before_fences, after_fences;
+} RaceTables;
 
 void race_create(Machine *m, const RaceTables *tables);
 void race_destroy(Machine *m);

@@ -163,22 +163,21 @@ void race_fence(Warp *w, const Instr *in, uint32_t mask)
     case FENCE_WGMMA: rw->fences++; break;
     case FENCE_TENSOR_BEFORE: clock_join(&rw->tensor_said, &rw->all.tensor); break;
     case FENCE_TENSOR_AFTER: race_know_tensor(w, &rw->tensor_seen); break;
-    case FENCE_TENSOR_LOADS: race_wait_tensor(w, UNIT_TENSOR_LOAD); break;
-    case FENCE_TENSOR_STORES: race_wait_tensor(w, UNIT_TENSOR_STORE); break;
+    case FENCE_TENSOR_LOADS: race_wait_tensor(w, UNIT_TENSOR_LOAD, rw->issued[UNIT_TENSOR_LOAD]); break;
+    case FENCE_TENSOR_STORES: race_wait_tensor(w, UNIT_TENSOR_STORE, rw->issued[UNIT_TENSOR_STORE]); break;
     case FENCE_WARP: break;
     }
 }
 
-/* tcgen05.wait: what the warp loaded or stored so far is complete. */
-void race_wait_tensor(Warp *w, Unit unit)
+/* tcgen05.wait: what the warp loaded or stored is complete, up to that one. */
+void race_wait_tensor(Warp *w, Unit unit, uint32_t number)
 {
     RaceWarp *rw = w->race;
     uint32_t actor = race_unit(w, unit);
-    clock_at(&rw->all.tensor, actor)->all = rw->issued[unit];
-    clock_at(&rw->all.generic, actor)->all = rw->issued[unit];
-    if (rw->some_lanes) {
-        clock_at(&rw->some.tensor, actor)->all = rw->issued[unit];
-        clock_at(&rw->some.generic, actor)->all = rw->issued[unit];
+    View *views[2] = {&rw->all, rw->some_lanes ? &rw->some : NULL};
+    for (int k = 0; k < 2 && views[k]; k++) {
+        clock_at(&views[k]->tensor, actor)->all = number;
+        clock_at(&views[k]->generic, actor)->all = number;
     }
 }
 

@@ -3,7 +3,8 @@
  * wgmma: a register that an ordinary instruction used may be an accumulator or a fragment of A only behind a wgmma.fence, except for
  * accumulators from one product to the next of the same shape, and nobody may use it before wgmma.wait_group (PTX ISA,
  * "wgmma.fence" and "wgmma.mma_async"). tcgen05.ld: its registers hold nothing before tcgen05.wait::ld (PTX ISA, "tcgen05.wait").
- * engine.py says which of these registers each instruction names. */
+ * Compilers leave that wait out, and the hardware does without: only the check of that name asks for it; otherwise using a register
+ * is as good as waiting. race_tables.py says which of these registers each instruction names. */
 #include "races.h"
 
 static uint32_t completed(const Clock *clock, uint32_t actor) { return actor < clock->length ? clock->at[actor].all : 0; }
@@ -23,13 +24,20 @@ void race_registers(Warp *w, const Instr *in)
 {
     const RaceTables *t = &w->machine->races->tables;
     RaceWarp *rw = w->race;
-    int32_t row = (int32_t)(in - w->machine->program.code);
-    for (int32_t k = t->ordinary[row]; k < t->ordinary[row + 1]; k++) {
+    int32_t row = (int32_t)(in - w->machine->program.code), first = t->ordinary[row], end = t->ordinary[row + 1];
+    if (in->op == t->copy_operation && end - first == 2) { /* PTX is no machine code: a copy there gives a register another name */
+        rw->registers[t->list[first]] = rw->registers[t->list[first + 1]];
+        return;
+    }
+    for (int32_t k = first; k < end; k++) {
         RegisterUse *r = &rw->registers[t->list[k]];
         if (r->product > completed(&rw->all.generic, rw->units[UNIT_WGMMA]))
             report(w, in, r->product_line, UNIT_WGMMA, "a register of a wgmma", "; no wgmma.wait_group stands between");
-        if (r->loading > completed(&rw->all.tensor, rw->units[UNIT_TENSOR_LOAD]))
-            report(w, in, r->loading_line, UNIT_TENSOR_LOAD, "a register of a tcgen05.ld", "; no tcgen05.wait::ld stands between");
+        if (r->loading > completed(&rw->all.tensor, rw->units[UNIT_TENSOR_LOAD])) {
+            if (w->machine->checks & CHECK_LOADED_REGISTERS)
+                report(w, in, r->loading_line, UNIT_TENSOR_LOAD, "a register of a tcgen05.ld", "; no tcgen05.wait::ld stands between");
+            race_wait_tensor(w, UNIT_TENSOR_LOAD, r->loading);
+        }
         r->touched = rw->fences + 1;
         r->touched_line = in->line;
     }

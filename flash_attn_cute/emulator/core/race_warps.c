@@ -95,8 +95,14 @@ void race_know_tensor(Warp *w, const Clock *from)
 uint32_t race_unit(Warp *w, Unit unit)
 {
     uint32_t *actor = &w->race->units[unit];
-    if (!*actor)
-        *actor = race_new_actor(w->cta->cluster);
+    if (!*actor) {
+        /* A wgmma is one operation of four warps: who has waited for it knows that it is complete in all of them. */
+        Warp *first = unit == UNIT_WGMMA ? w - w->index % 4 : w;
+        if (first != w)
+            *actor = race_unit(first, unit);
+        else
+            *actor = race_new_actor(w->cta->cluster);
+    }
     return *actor;
 }
 

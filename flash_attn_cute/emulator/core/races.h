@@ -162,7 +162,7 @@ void race_fence_inits(Warp *w);
 void race_mbarrier_bring(Machine *m, Cta *cta, uint32_t offset, const View *view);
 
 /* race_async.c */
-void race_wait_tensor(Warp *w, Unit unit);
+void race_wait_tensor(Warp *w, Unit unit, uint32_t number);
 
 /* race_shadow.c */
 void race_begin(Races *races);
