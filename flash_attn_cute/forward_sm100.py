@@ -38,7 +38,14 @@ from flash_attn_cute.forward_spec import (
     tile_order,
     window_of,
 )
-from flash_attn_cute.tile_scheduler import MAILBOX_STAGES, MAILBOX_WORDS, TileMailbox, WorkTile
+from flash_attn_cute.tile_scheduler import (
+    MAILBOX_STAGES,
+    MAILBOX_WORDS,
+    ClcScheduler,
+    TileMailbox,
+    TileScheduler,
+    WorkTile,
+)
 
 WARP, WARPGROUP = 32, 128
 # Warps of a warpgroup, one arrival each: all of softmax, or all of correction.
@@ -252,9 +259,12 @@ class ForwardSm100:
         staging = self._allocate(smem, operands)
         rings = self._rings(smem)
         columns_start = smem.allocate_array(Int32, 1)
+        scheduler = self._scheduler(smem, tensors, scalars)
         if warp == self.load_warp:
             with cute.arch.elect_one():
                 rings.init(self.query_tiles)
+                if const_expr(self.spec.clc):
+                    scheduler.init()
                 cute.arch.mbarrier_init_fence()
         if warp == self.mma_warp:
             cute.arch.alloc_tmem(tensor_memory.COLUMNS, columns_start)
@@ -285,7 +295,7 @@ class ForwardSm100:
                 self.store(operands.out, staging, rings, window, tensors)
             if warp == self.schedule_warp:
                 order = tile_order(self.spec, tensors, scalars, source)
-                schedule(self.spec, order, rings.tiles, window, tensors, scalars.short_from)
+                schedule(self.spec, order, scheduler, rings.tiles, window, tensors)
         # Nobody reaches into tensor memory any more.
         tensor_memory.fence_before_arrival()
         cute.arch.sync_threads()
@@ -327,6 +337,11 @@ class ForwardSm100:
             TileMailbox(slots, mailbox, readers=self.mailbox_readers),
             tile.score_buffers,
         )
+
+    def _scheduler(self, smem: SmemAllocator, tensors: ForwardTensors, scalars: ForwardScalars):
+        if self.spec.clc:
+            return ClcScheduler(smem.allocate_array(Int32, 4, byte_alignment=16), smem.allocate_array(cutlass.Int64, 1))
+        return TileScheduler(tensors.semaphore, scalars.short_from)
 
     # What every role derives from a work tile --------------------------------------------------------------------
 

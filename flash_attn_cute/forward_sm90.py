@@ -40,6 +40,7 @@ from flash_attn_cute.tile_scheduler import (
     MAILBOX_STAGES,
     MAILBOX_WORDS,
     TileMailbox,
+    TileScheduler,
     WorkTile,
 )
 
@@ -194,7 +195,8 @@ class ForwardSm90:
                 self.load(q, k, v, sq, sk, sv, rings, window, tensors)
             if warp == SCHEDULE_WARP:
                 order = tile_order(self.spec, tensors, scalars, source)
-                schedule(self.spec, order, rings.tiles, window, tensors, scalars.short_from)
+                scheduler = TileScheduler(tensors.semaphore, scalars.short_from)
+                schedule(self.spec, order, scheduler, rings.tiles, window, tensors)
         else:
             cute.arch.setmaxregister_increase(consumer_registers)
             consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)

@@ -25,6 +25,7 @@ class ForwardSpec:
     window_right: bool  # causal excludes it
     softcap: bool
     splits: bool = False  # work tiles may be splits, whose results are partial
+    clc: bool = False  # tiles are handed out by cluster launch control
 
     @property
     def packed(self) -> bool:

@@ -77,7 +77,7 @@ def flash_attn_varlen_func(
     num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n.
         Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is given.
     seqlen_k_per_split: keys between absolute split boundaries, rounded up to whole KV tiles, whatever the batch.
-    scheduler: "auto", "single_tile", "static" or "dynamic". It never changes the result.
+    scheduler: "auto", "single_tile", "static", "dynamic" or, on Blackwell, "clc". It never changes the result.
     scheduler_metadata: a plan from `get_scheduler_metadata`, for any number of calls of the same lengths; None plans
         where splits are asked for; False never plans, and then nothing is split. A plan alone changes no bits.
     deterministic: the forward is always bitwise reproducible; accepted for callers that ask.

@@ -51,8 +51,8 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "key_mask"
     if problem.key_bias_heads is not None:
         return "key_bias"
-    if problem.scheduler == "clc":
-        return "scheduler='clc'"
+    if problem.scheduler == "clc" and architecture == "sm_90a":
+        return "scheduler='clc', which Hopper does not have"
     if problem.softmax_scale <= 0.0:
         return f"softmax_scale={problem.softmax_scale}, which is not positive"
     if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.query_rows) == 0:
@@ -83,6 +83,7 @@ class KernelKey(NamedTuple):
     dynamic: bool
     planned: bool = False
     splits: bool = False
+    clc: bool = False
 
     def is_uneven(self) -> bool:
         """Whether tiles differ in work, so that handing them out as CTAs get free pays."""
@@ -163,8 +164,9 @@ def plan(problem: Problem, target: Target, parameters: PlanParameters | None = N
     if p.scheduler == "auto":
         # By what is asked and not by how much: a size that compiled another kernel would surprise a graph capture.
         key = key._replace(dynamic=key.is_uneven())
+    key = key._replace(clc=p.scheduler == "clc")
     section_heads, section_tiles = section_of_tiles(num_sms) if p.window_right is not None else (1, 0)
-    single = p.scheduler == "single_tile"
+    single = p.scheduler in ("single_tile", "clc")  # a CTA a tile is launched, though with CLC few start
     short_from = 0 if not single and tiles_are_short(p.max_seqlen_k, num_tiles, num_sms) else INT32_MAX
     grid = num_tiles if single else min(num_tiles, num_sms)
     return Plan(key, num_tiles, grid, section_heads, section_tiles, short_from)
@@ -228,6 +230,7 @@ def compile_kernel(key: KernelKey) -> Any:
         key.window_right,
         key.softcap,
         key.splits,
+        key.clc,
     )
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in ForwardScalars._fields[2:]))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -18,6 +18,7 @@ from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.plan import RATIO_BITS
+from flash_attn_cute.problem import INT32_MAX
 from flash_attn_cute.tuning import CLAIM
 
 WARP = 32
@@ -256,8 +257,8 @@ class TileScheduler:
         return self._number(block)
 
     @cute.jit
-    def next(self, number: Int32) -> Int32:
-        """All 32 lanes call it and get the same number."""
+    def next(self, number: Int32, turn: Int32) -> Int32:
+        """All 32 lanes call it and get the same number. turn: 0, 1, 0, ... from call to call."""
         into_claim = number - self.short_from
         following = number + 1
         if into_claim < 0 or into_claim % CLAIM == CLAIM - 1:
@@ -288,6 +289,41 @@ class TileScheduler:
                 if done == grid - 1:
                     self.semaphore[0] = Int32(0)
                     self.semaphore[1] = Int32(0)
+
+
+@dataclass(frozen=True)
+class ClcScheduler:
+    """Cluster launch control (SM100): a launch of one CTA a tile, of which few start. A CTA that is done with its tile
+    takes that of one that has not started yet, and cancels it; the hardware hands tiles out in their order.
+
+    The methods are those of TileScheduler. One query is in flight at a time: the mailbox already holds a tile ahead.
+    """
+
+    answer: cute.Pointer  # 16 bytes of shared memory
+    answered: cute.Pointer  # mbarrier
+
+    RESPONSE_BYTES = 16
+
+    def init(self):
+        cute.arch.mbarrier_init(self.answered, 1)
+
+    def first(self) -> Int32:
+        return cute.arch.block_idx()[0]
+
+    @cute.jit
+    def next(self, number: Int32, turn: Int32) -> Int32:
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.answered, self.RESPONSE_BYTES)
+            cute.arch.issue_clc_query(self.answered, self.answer, multicast=False)
+        cute.arch.mbarrier_wait(self.answered, turn)
+        block, _, _, is_given = cute.arch.clc_response(self.answer)
+        # The next answer is written through the async proxy, and no lane may still be reading this one.
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.sync_warp()
+        return block if is_given != 0 else Int32(INT32_MAX)
+
+    def finish(self):
+        """Nothing is left behind: the hardware forgets a launch that has ended."""
 
 
 MAILBOX_STAGES = 2

@@ -8,7 +8,15 @@ from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
 from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range
-from flash_attn_cute.tile_scheduler import Found, PlannedOrder, TileMailbox, TileOrder, TileScheduler, WorkTile
+from flash_attn_cute.tile_scheduler import (
+    ClcScheduler,
+    Found,
+    PlannedOrder,
+    TileMailbox,
+    TileOrder,
+    TileScheduler,
+    WorkTile,
+)
 
 
 @cute.jit
@@ -26,15 +34,14 @@ def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: Forwar
 def schedule(
     spec: ForwardSpec,
     order: TileOrder | PlannedOrder,
+    scheduler: TileScheduler | ClcScheduler,
     mailbox: TileMailbox,
     window: Window,
     tensors: ForwardTensors,
-    short_from: Int32,
 ):
     """Sends every tile of this CTA that sees a key, and at last `WorkTile.none()`. Tiles that see none it settles."""
-    scheduler = TileScheduler(tensors.semaphore, short_from)
     position = MbarrierRing.start()
-    number, found = scheduler.first(), Found.nothing()
+    number, found, turn = scheduler.first(), Found.nothing(), Int32(0)
     while number < order.num_tiles:
         work, found = order.decode(number, found)
         seqlens = found.seqlens
@@ -46,6 +53,7 @@ def schedule(
                 mailbox.wait_sent(position, seqlens)
             else:
                 _settle(spec, work, seqlens, tensors)
-        number = scheduler.next(number)
+        number = scheduler.next(number, turn)
+        turn = turn ^ 1
     mailbox.send(position, WorkTile.none(), Seqlens.none())
     scheduler.finish()

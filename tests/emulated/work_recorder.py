@@ -51,7 +51,7 @@ class Recorder:
     def kernel(self, tensors: RecorderTensors, scalars: RecorderScalars):
         order = self._order(tensors, scalars)
         scheduler = TileScheduler(tensors.semaphore if self.dynamic else None, scalars.short_from)
-        number, found = scheduler.first(), Found.nothing()
+        number, found, turn = scheduler.first(), Found.nothing(), Int32(0)
         while number < order.num_tiles:
             tile, found = order.decode(number, found)
             seqlens = found.seqlens
@@ -59,7 +59,8 @@ class Recorder:
                 for i, word in enumerate((*tile, seqlens.offset_q, seqlens.rows_q)):
                     tensors.seen[number, i] = word
                 cute.arch.atomic_add(tensors.taken.iterator + number, Int32(1))
-            number = scheduler.next(number)
+            number = scheduler.next(number, turn)
+            turn = turn ^ 1
         scheduler.finish()
 
 
