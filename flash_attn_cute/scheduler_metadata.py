@@ -24,6 +24,7 @@ BACKENDS = ("auto", "cute", "emulator", "reference")
 # A batch counts as ragged from this many sequences on, if its longest query is so many times the mean.
 RAGGED_BATCH = 8
 RAGGED_RATIO = 4
+MANY_SEQUENCES, FEW_TOKENS = 1024, 32
 # Query rows (tokens x heads) below which a launch is over before an order could matter.
 ROWS_AN_SM = 256
 # Part of L2 that keys may fill: the rest is queries, outputs and what is on its way.
@@ -156,13 +157,17 @@ def _planning_pays(p: Problem, num_sms: int) -> bool:
     """Whether the order of a plan is worth its launch, as far as the host can tell.
 
     It is where a few long query sequences lie among many short ones: what is bound by memory then runs beside what is
-    bound by arithmetic. On an H200 4 prefill chunks among 96 decodes take 1.54 ms with a plan and 1.76 without; batches
-    of equal or of random lengths gain nothing (benchmarks/results/2026-11-21-scheduler-h200.md).
+    bound by arithmetic. And it is with very many sequences of a few tokens, whose numbers a plan makes dense. On an
+    H200, planning included, 4 prefill chunks among 96 decodes take 1.58 ms with a plan and 1.78 without, 4096
+    sequences of 1 to 20 tokens 620 us and 667; batches of equal or of random lengths gain nothing
+    (benchmarks/results/2026-11-21-scheduler-h200.md).
     """
-    if not p.q_packed or p.max_seqlen_q is None or p.scheduler not in ("auto", "dynamic"):
+    if not p.q_packed or p.scheduler not in ("auto", "dynamic"):
         return False
-    is_ragged = p.batch_size >= RAGGED_BATCH and p.max_seqlen_q * p.batch_size >= RAGGED_RATIO * p.total_q
-    return is_ragged and p.total_q * p.num_heads >= ROWS_AN_SM * num_sms
+    if p.batch_size >= MANY_SEQUENCES and p.total_q <= FEW_TOKENS * p.batch_size:
+        return True
+    is_ragged = p.max_seqlen_q is not None and p.max_seqlen_q * p.batch_size >= RAGGED_RATIO * p.total_q
+    return is_ragged and p.batch_size >= RAGGED_BATCH and p.total_q * p.num_heads >= ROWS_AN_SM * num_sms
 
 
 def _check_belongs(metadata: SchedulerMetadata, parameters: PlanParameters, extents: Extents, packed_q: bool) -> None:

@@ -192,5 +192,6 @@ def test_a_call_plans_by_itself_where_prefill_lies_among_decodes():
     assert shape_of(mixed, metadata=False) is None
     assert shape_of(mixed, scheduler="static") is None
     assert shape_of([2048] * 32) is None and shape_of([1] * 100) is None
+    assert shape_of([9] * 2000) is not None and shape_of([200] * 2000) is None  # very many of a few tokens
     assert shape_of([64] + [1] * 40) is None  # over before an order could matter
     assert shape_of([1] * 100, num_splits=0) is not None
