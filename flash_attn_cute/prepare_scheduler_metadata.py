@@ -160,27 +160,20 @@ class PrepareSchedulerMetadata:
     @cute.jit
     def __call__(self, tensors: PlanTensors, scalars: PlanScalars, stream: cuda.CUstream):
         spec = self.spec
-        # Programmatic dependent launch: the CTAs start while the last of the kernel before finish.
         self.kernel(tensors, scalars).launch(
-            grid=[spec.ctas, 1, 1],
-            block=[WARP * spec.warps, 1, 1],
-            cluster=[spec.ctas, 1, 1],
-            stream=stream,
-            use_pdl=True,
+            grid=[spec.ctas, 1, 1], block=[WARP * spec.warps, 1, 1], cluster=[spec.ctas, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, tensors: PlanTensors, scalars: PlanScalars):
         spec = self.spec
+        # The next kernel may start when it likes: it waits for this one before it reads a plan.
+        cute.arch.griddepcontrol_launch_dependents()
         group = ClusterGroup.create(spec.ctas, spec.warps)
         group.announce_start()
         smem = SmemAllocator()
         scratch = Scratch.allocate(smem, group)
         sort = RadixSort.allocate(smem, group, spec.items)
-        # Lengths, and memory that is written here, may be the kernel's before. The next one may start from now on: it
-        # waits for this one before it reads a plan.
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         # All loads are on their way before anything waits for one.
         lengths = [self._lengths(tensors, scalars, sort.number(i)) for i in range(spec.items)]
         padding_rows = self._padding_rows(tensors, scalars, group)
