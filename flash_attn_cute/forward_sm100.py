@@ -29,6 +29,7 @@ from flash_attn_cute.device.scheduling_warp import schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.device.softmax import LOG2_E, normalise, tanh
 from flash_attn_cute.device.tensor_memory import Row
+from flash_attn_cute.device.umma import SharedOperand
 from flash_attn_cute.forward_spec import (
     ForwardScalars,
     ForwardSpec,
@@ -133,17 +134,14 @@ class Ranges(NamedTuple):
     end: Int32
 
 
-class Products(NamedTuple):
-    """Operands of the two products: q, k, v are (atom, rows, k, stage) descriptors; s, p, o in tensor memory."""
+@dataclass(frozen=True)
+class Products:
+    """Operands of the two products S = Q K^T and O = P V."""
 
-    s_mma: cute.TiledMma
-    o_mma: cute.TiledMma
-    q: cute.Tensor
-    k: cute.Tensor
-    v: cute.Tensor
-    s: cute.Tensor  # of score buffer 0
-    p: cute.Tensor  # (atom, rows, k, piece) of score buffer 0
-    o: cute.Tensor  # of query tile 0
+    q: SharedOperand  # a stage a query tile
+    k: SharedOperand
+    v: SharedOperand
+    columns: Int32  # address of tensor memory
 
 
 class ForwardSm100:
@@ -163,6 +161,8 @@ class ForwardSm100:
         # All but the scheduling warp hear of tiles.
         self.mailbox_readers = softmax_warps + WARPS + 3
         self.tokens_per_query_tile = tile.query_rows // spec.rows_per_token
+        self.s_product = umma.describe(spec.dtype, tile.query_rows, tile.tile_n, sums_over_rows_of_b=False)
+        self.o_product = umma.describe(spec.dtype, tile.query_rows, tile.head_dim_v, sums_over_rows_of_b=True)
         # What one TMA instruction moves: (rows, columns), as wide as the swizzle. Queries: ((heads, tokens), columns).
         rows_box = (spec.rows_per_token, self.tokens_per_query_tile)
         self.q_box = (rows_box, _swizzled_columns(tile.head_dim))
@@ -179,7 +179,6 @@ class ForwardSm100:
     @cute.jit
     def __call__(self, tensors: ForwardTensors, scalars: ForwardScalars, stream: cuda.CUstream):
         tile = self.spec.tile
-        s_mma, o_mma = self._tiled_mmas()
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_view, out_view = [ragged_tma.query_view(x, ragged=tensors.packed_q) for x in (tensors.q, tensors.out)]
         k_view, v_view = [
@@ -198,28 +197,9 @@ class ForwardSm100:
             self._operand(store, out_view, out_layout, self.out_box),
         )
         source = seqlen_source(tensors, scalars)
-        self.kernel(operands, tensors, scalars, source, s_mma, o_mma).launch(
+        self.kernel(operands, tensors, scalars, source).launch(
             grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
-
-    def _tiled_mmas(self):
-        """S = Q K^T from shared memory; O = P V with P in tensor memory."""
-        dtype, tile = self.spec.dtype, self.spec.tile
-        group, k_major, mn_major = tcgen05.CtaGroup.ONE, OperandMajorMode.K, OperandMajorMode.MN
-        s_mma = blackwell.make_trivial_tiled_mma(
-            dtype, dtype, k_major, k_major, Float32, group, (tile.query_rows, tile.tile_n)
-        )
-        o_mma = blackwell.make_trivial_tiled_mma(
-            dtype,
-            dtype,
-            k_major,
-            mn_major,
-            Float32,
-            group,
-            (tile.query_rows, tile.head_dim_v),
-            tcgen05.OperandSource.TMEM,
-        )
-        return s_mma, o_mma
 
     def _smem_layout(self, rows: int, columns: int, stages: int, stage_elements: int) -> cute.ComposedLayout:
         """Rows of `columns` contiguous elements, swizzled; stages are `stage_elements` apart."""
@@ -247,8 +227,6 @@ class ForwardSm100:
         tensors: ForwardTensors,
         scalars: ForwardScalars,
         source: SeqlenSource,
-        s_mma: cute.TiledMma,
-        o_mma: cute.TiledMma,
     ):
         tile = self.spec.tile
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -288,7 +266,7 @@ class ForwardSm100:
         else:
             cute.arch.setmaxregister_decrease(other_registers)
             if warp == self.mma_warp:
-                self.multiply(self._products(staging, columns, s_mma, o_mma), rings, window)
+                self.multiply(self._products(staging, columns), rings, window)
             if warp == self.load_warp:
                 self.load(operands, staging, rings, window, tensors)
             if warp == self.store_warp:
@@ -446,25 +424,14 @@ class ForwardSm100:
 
     # Multiplying -------------------------------------------------------------------------------------------------
 
-    def _products(self, staging: Staging, columns: cute.Pointer, s_mma, o_mma) -> Products:
-        spec, tile = self.spec, self.spec.tile
-        s_slice, o_slice = s_mma.get_slice(0), o_mma.get_slice(0)
-        v_transposed = cute.make_tensor(staging.v.iterator, cute.select(staging.v.layout, mode=[1, 0, 2]))
-        s = s_mma.make_fragment_C(s_mma.partition_shape_C((tile.query_rows, tile.tile_n)))
-        o = o_mma.make_fragment_C(o_mma.partition_shape_C((tile.query_rows, tile.head_dim_v)))
-        # Probabilities take the place of the scores that they come from.
-        p_tile = (tile.query_rows, tile.head_dim_v, tile.v_rows)
-        p_layout = blackwell.make_smem_layout_a(o_mma, p_tile, spec.dtype, tile.v_pieces).outer
-        p = o_mma.make_fragment_A(cute.make_tensor(cute.recast_ptr(columns, dtype=spec.dtype), p_layout))
+    def _products(self, staging: Staging, columns: cute.Pointer) -> Products:
+        tile = self.spec.tile
+        q_stage = tile.query_rows * tile.head_dim
         return Products(
-            s_mma,
-            o_mma,
-            s_mma.make_fragment_A(s_slice.partition_A(staging.q)),
-            s_mma.make_fragment_B(s_slice.partition_B(staging.k)),
-            o_mma.make_fragment_B(o_slice.partition_B(v_transposed)),
-            cute.make_tensor(columns, s.layout),
-            p,
-            cute.make_tensor(columns + tile.output_column, o.layout),
+            SharedOperand.create(staging.q, self.q_box[1], q_stage, sums_over_rows=False),
+            SharedOperand.create(staging.k, self.k_box[1], tile.stage_elements, sums_over_rows=False),
+            SharedOperand.create(staging.v, self.v_box[1], tile.stage_elements, sums_over_rows=True),
+            columns.toint().to(Int32),
         )
 
     @cute.jit
@@ -529,16 +496,13 @@ class ForwardSm100:
         if key_tile >= kv.first and key_tile < kv.end:
             if key_tile == kv.end - 1:
                 q.wait_full(q_positions[i])
-            s = _moved(products.s, (i + scores.stage(position)) * tile.tile_n)
-            q_pieces = cute.logical_divide(
-                products.q[None, None, None, i],
-                (None, None, cute.make_layout(cute.size(products.k, mode=[2]))),
-            )
+            s = products.columns + (i + scores.stage(position)) * tile.tile_n
             for piece in cutlass.range(tile.k_pieces, unroll=1):
                 rings.kv.wait_full(k_position.advanced(piece))
                 tensor_memory.fence_after_wait()
-                k = products.k[None, None, None, rings.kv.stage(k_position.advanced(piece))]
-                umma.issue(products.s_mma, s, q_pieces[None, None, (None, piece)], k, piece > 0)
+                a = products.q.at(Int32(i), piece * products.k.steps)
+                b = products.k.at(rings.kv.stage(k_position.advanced(piece)))
+                umma.issue(self.s_product, s, a, products.q.step, b, products.k.step, products.k.steps, piece > 0)
             umma.commit(scores.full_barrier(position))
             if const_expr(not tile.output_over_queries):
                 if key_tile == kv.first:
@@ -562,15 +526,16 @@ class ForwardSm100:
         scores, position = rings.scores(i), p_positions[i]
         if key_tile >= kv.first and key_tile < kv.end:
             scores.wait_released(position)
-            # In 16-bit elements, two of which share a column.
-            p = _moved(products.p, 2 * (i + scores.stage(position)) * tile.tile_n)
-            o = _moved(products.o, i * tile.head_dim_v)
+            # Probabilities are in the place of the scores that they come from, two a column.
+            p = products.columns + (i + scores.stage(position)) * tile.tile_n
+            o = products.columns + tile.output_column + i * tile.head_dim_v
             for piece in cutlass.range(tile.v_pieces, unroll=1):
                 rings.kv.wait_full(v_position.advanced(piece))
                 tensor_memory.fence_after_wait()
-                v = products.v[None, None, None, rings.kv.stage(v_position.advanced(piece))]
+                a = p + piece * (tile.v_rows // 2)
+                b = products.v.at(rings.kv.stage(v_position.advanced(piece)))
                 accumulate = key_tile < kv.end - 1 or piece > 0
-                umma.issue(products.o_mma, o, p[None, None, None, piece], v, accumulate)
+                umma.issue(self.o_product, o, a, _p_step, b, products.v.step, products.v.steps, accumulate)
             if const_expr(self.alternates):
                 if key_tile == kv.first:
                     umma.commit(rings.products(i).full_barrier(position))
@@ -713,9 +678,7 @@ class ForwardSm100:
         for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.STEP):
             block = cute.make_tensor(s.iterator + first, cute.make_layout(tensor_memory.STEP))
             sums = row.softmax.exponentiate(block, offset, sums)
-            p = cute.make_rmem_tensor(tensor_memory.STEP, spec.dtype)
-            p.store(block.load().to(spec.dtype))
-            row.memory.store(column + first // 2, cute.recast_tensor(p, Int32))
+            row.memory.store(column + first // 2, packed.rounded(block, spec.dtype))
         tensor_memory.wait_stored()
         tensor_memory.fence_before_arrival()
         scores.release(position)
@@ -787,10 +750,7 @@ class ForwardSm100:
                     tensor_memory.fence_after_wait()
                     start = tile.output_column + i * tile.head_dim_v
                     for column in cutlass.range(0, tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-                        o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
-                        memory.load(start + column, o)
-                        _multiply(o, factor)
-                        memory.store(start + column, o)
+                        memory.store(start + column, _load_scaled(memory, start + column, factor))
                     tensor_memory.wait_stored()
             tensor_memory.fence_before_arrival()
             scores.release(position)
@@ -836,8 +796,9 @@ class ForwardSm100:
         spec = self.spec
         chunks = cute.logical_divide(staged, cute.make_layout(8))
         for column in cutlass.range(0, spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-            rounded = cute.make_rmem_tensor(OUTPUT_COLUMNS, spec.dtype)
-            rounded.store(_normalised(memory, start + column, factor).load().to(spec.dtype))
+            words = packed.rounded(_load_scaled(memory, start + column, factor), spec.dtype)
+            _select_zeros(words, factor)
+            rounded = cute.recast_tensor(words, spec.dtype)
             for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 8):
                 chunk = cute.make_tensor(rounded.iterator + 8 * j, cute.make_layout(8))
                 cute.autovec_copy(chunk, chunks[None, column // 8 + j])
@@ -848,7 +809,8 @@ class ForwardSm100:
         """Writes one row of a split's output in float32, where the combine kernel looks for it if it `is_read`."""
         chunks = cute.logical_divide(row, cute.make_layout(4))
         for column in cutlass.range(0, self.spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-            o = _normalised(memory, start + column, factor)
+            o = _load_scaled(memory, start + column, factor)
+            _select_zeros(o, factor)
             for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 4):
                 chunk = cute.make_tensor(o.iterator + 4 * j, cute.make_layout(4))
                 if is_read and column + 4 * j < cute.size(row):
@@ -941,28 +903,25 @@ def _factors_barrier(buffer: Int32, thread: Int32) -> Int32:
     return 1 + WARPS * buffer + cute.arch.make_warp_uniform(thread // WARP)
 
 
-@cute.jit
-def _normalised(memory: Row, column, factor: Float32) -> cute.Tensor:
-    """OUTPUT_COLUMNS columns of a row of the output, in registers.
-
-    A factor of 0 selects zeros: what the row of a padding query accumulated may be NaN.
-    """
+def _load_scaled(memory: Row, column, factor: Float32) -> cute.Tensor:
+    """OUTPUT_COLUMNS columns of a row of the output, multiplied."""
     o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
     memory.load(column, o)
-    _multiply(o, factor)
-    for i in cutlass.range_constexpr(OUTPUT_COLUMNS):
-        o[i] = Float32(0.0) if factor == 0.0 else o[i]
+    for i in range(OUTPUT_COLUMNS // 2):
+        o[2 * i], o[2 * i + 1] = packed.mul((o[2 * i], o[2 * i + 1]), packed.both(factor))
     return o
 
 
-def _multiply(values: cute.Tensor, factor: Float32):
-    for i in range(cute.size(values) // 2):
-        pair = packed.mul((values[2 * i], values[2 * i + 1]), packed.both(factor))
-        values[2 * i], values[2 * i + 1] = pair
+@cute.jit
+def _select_zeros(registers: cute.Tensor, factor: Float32):
+    """A factor of 0 says zeros: what the row of a padding query accumulated may be NaN."""
+    for i in cutlass.range_constexpr(cute.size(registers)):
+        registers[i] = registers.element_type(0) if factor == 0.0 else registers[i]
 
 
-def _moved(x: cute.Tensor, elements) -> cute.Tensor:
-    return cute.make_tensor(x.iterator + elements, x.layout)
+def _p_step(index: int) -> int:
+    """Columns of tensor memory from the first step of a product's probabilities to another."""
+    return index * umma.STEP // 2
 
 
 @cute.jit

@@ -7,6 +7,8 @@ added to its exponent. FlashAttention-4 introduced the mix of both ways on Black
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
 
 from flash_attn_cute.device import packed
 from flash_attn_cute.device.packed import Pair
@@ -31,6 +33,18 @@ def exp2_by_polynomial(x: Pair) -> Pair:
     return tuple(_scale_by_power_of_two(p, n) for p, n in zip(power, shifted, strict=True))
 
 
-def _scale_by_power_of_two(x: Float32, shifted: Float32) -> Float32:
+@dsl_user_op
+def _scale_by_power_of_two(x: Float32, shifted: Float32, *, loc=None, ip=None) -> Float32:
     """x * 2^n where n is in the low bits of `shifted`: the sum of the bits of x and n << 23."""
-    return ((shifted.bitcast(Int32) << 23) + x.bitcast(Int32)).bitcast(Float32)
+    bits = [y.bitcast(Int32).ir_value(loc=loc, ip=ip) for y in (shifted, x)]
+    # As assembly: the compiler would write a shift and an addition.
+    result = llvm.inline_asm(
+        Int32.mlir_type,
+        bits,
+        "mad.lo.s32 $0, $1, 0x800000, $2;",
+        "=r,r,r",
+        has_side_effects=False,
+        loc=loc,
+        ip=ip,
+    )
+    return Int32(result).bitcast(Float32)
