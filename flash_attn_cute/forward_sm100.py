@@ -598,24 +598,12 @@ class ForwardSm100:
         kv: KvRange,
         position: RingPosition,
     ):
-        """Every KV tile of a query tile, from the last to the first. Those that need no mask do not pay for one."""
+        """Every KV tile of a query tile, from the last to the first."""
         token = token_of_row(self.spec, work, row.index * self.spec.tile.query_rows + row.thread)
         limits = RowLimits.of_row(seqlens, window, token, Int32(0))
-        masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
-        full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
-        self._softmax_step(row, staging, rings, scalars, limits, kv.end - 1, position, is_first=True)
-        position = position.next()
-        if const_expr(window.right is not None):
-            for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                self._softmax_step(row, staging, rings, scalars, limits, kv.end - 2 - i, position)
-                position = position.next()
-        for i in cutlass.range(masked_end - full_first, unroll=1):
-            self._softmax_step(row, staging, rings, scalars, None, masked_end - 1 - i, position)
+        for i in cutlass.range(kv.num_tiles(), unroll=1):
+            self._softmax_step(row, staging, rings, scalars, kv, limits, i, position)
             position = position.next()
-        if const_expr(window.left is not None):
-            for i in cutlass.range(full_first - kv.first, unroll=1):
-                self._softmax_step(row, staging, rings, scalars, limits, full_first - 1 - i, position)
-                position = position.next()
         return position
 
     @cute.jit
@@ -648,13 +636,14 @@ class ForwardSm100:
         staging: Staging,
         rings: Rings,
         scalars: ForwardScalars,
-        limits,
-        key_tile: Int32,
+        kv: KvRange,
+        limits: RowLimits,
+        step: Int32,
         position: RingPosition,
-        is_first: cutlass.Constexpr = False,
     ):
         """Scores in tensor memory to probabilities in their place."""
         spec, tile = self.spec, self.spec.tile
+        key_tile = kv.end - 1 - step
         scores = rings.scores(row.index)
         buffer = row.index + scores.stage(position)
         column = buffer * tile.tile_n
@@ -666,10 +655,11 @@ class ForwardSm100:
             cap = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(tile.tile_n):
                 s[i] = tanh(s[i] * cap)
-        if const_expr(limits is not None):
+        # One copy of all the rest for masked tiles and others: they cannot differ in their arithmetic.
+        if key_tile >= kv.full_end or key_tile < kv.full_first:
             mask_row(s, limits, key_tile, tile.tile_n)
         factor, offset = row.softmax.raise_max(s)
-        if const_expr(not is_first):
+        if step > 0:
             staging.rescaling[row.thread, buffer] = factor
             # These scores came after the last output product: who hears of them may read the output.
             tensor_memory.fence_before_arrival()

@@ -124,7 +124,7 @@ class Sm100Tile(NamedTuple):
     @property
     def registers(self) -> tuple[int, int, int]:
         """(softmax, correction, other) registers a thread after reallocation, of 64 K in all."""
-        return {2: (208, 56, 40), 1: (232, 168, 104)}[self.query_tiles]
+        return {2: (200, 72, 40), 1: (232, 168, 104)}[self.query_tiles]
 
 
 # Barriers, row factors, row totals and the tile mailbox.
