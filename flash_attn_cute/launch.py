@@ -197,6 +197,9 @@ def compile_kernel(key: KernelKey) -> Any:
 
     def compact(element, *shape):
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if shape[0] is None:
+            # An extent that is not known may be large: a stride of 64 bits makes offsets along it have as many.
+            strides[0] = cute.sym_int64(divisibility=128 // element.width)
         shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
         return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=16)
 

@@ -160,6 +160,17 @@ def test_a_plan_serves_many_layers_and_streams_in_turn():
     assert plan.tile_count_semaphore.tolist() == [0, 0]
 
 
+def test_a_workspace_of_more_elements_than_an_int32_counts():
+    """11 GiB of partial results: 640 query tiles of 256 splits, of 128 x 128 each."""
+    q = torch.randn(1, 40960, 2, 128, dtype=torch.bfloat16, device=CUDA)
+    k, v = (torch.randn(1, 32768, 1, 128, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    options = dict(pack_gqa=False, return_lse=True)
+    expected = flash_attn_varlen_func(q, k, v, **options)
+    out, lse = flash_attn_varlen_func(q, k, v, seqlen_k_per_split=128, **options)
+    torch.testing.assert_close(out, expected[0], rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-4, atol=1e-4)
+
+
 def test_the_workspace_is_bounded_by_the_sms():
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     for lengths_q, lengths_k in (([131072], [131072]), ([1], [131072]), ([1] * 4000, [131072] * 4000)):
