@@ -252,9 +252,9 @@ def merge_row(merger: RowMerger, partial: cute.Tensor, lse_partial: cute.Tensor,
     if merger.warp == 0:
         lse = weights.lse if row.is_query else -Float32.inf
         if const_expr(cute.rank(tensors.out) == 3):
-            merger.store(sums, weights.total, tensors.out[row.row, row.head, None])
+            merger.store(sums, weights.factor, tensors.out[row.row, row.head, None])
         else:
-            merger.store(sums, weights.total, tensors.out[row.batch, row.row, row.head, None])
+            merger.store(sums, weights.factor, tensors.out[row.batch, row.row, row.head, None])
         if const_expr(tensors.lse is not None):
             if cute.arch.lane_idx() == 0:
                 if const_expr(cute.rank(tensors.out) == 3):

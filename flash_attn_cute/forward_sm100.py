@@ -615,8 +615,8 @@ class ForwardSm100:
             sink = -Float32.inf
             if place.is_row and work.num_splits == 1:
                 sink = tensors.sink[place.head].to(Float32)
-        factor, lse = normalise(softmax.row_max[0], softmax.row_sum[0], softmax.scale_log2, sink)
-        return (factor, lse) if place.is_query else (Float32(0.0), -Float32.inf)
+        factor, share, lse = normalise(softmax.row_max[0], softmax.row_sum[0], softmax.scale_log2, sink)
+        return (factor * share, lse) if place.is_query else (Float32(0.0), -Float32.inf)
 
     @cute.jit
     def _store_lse(self, work: WorkTile, place: RowPlace, row: Int32, lse: Float32, tensors: ForwardTensors):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
+from flash_attn_cute.plan import MAX_SPLITS
 
 if TYPE_CHECKING:
     from flash_attn_cute.scheduler_metadata import BatchShape, SchedulerMetadata
 
-MAX_SPLITS = 256
 MAX_ROWS = 2**31 - 2**16  # rows are numbered in int32, and the last step of a grid goes past them
 # Above this many splits a row is shared by a whole CTA: a warp alone would take too many memory latencies in a row.
 SPLITS_FOR_ONE_WARP = 16

@@ -15,10 +15,10 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from flash_attn_cute.device.softmax import LN2, LOG2_E, exp2, fma
+from flash_attn_cute.device.softmax import LN2, LOG2_E, exp2, fma, join_sink
+from flash_attn_cute.plan import MAX_SPLITS
 
 WARP = 32
-MAX_SPLITS = 256
 CHAINS = 4
 # Of 16 bytes a lane, in flight at once: with fewer, many splits take that many more memory latencies one after another.
 LOADS_IN_FLIGHT = 8
@@ -28,7 +28,7 @@ VECTOR = 4  # columns a lane takes at once, 16 bytes of float32
 class RowWeights(NamedTuple):
     """What the log-sum-exps of a row's splits come to."""
 
-    total: Float32  # of the weights and the sink's; 0 where there is nothing
+    factor: Float32  # for the weighted sum; 0 where there is nothing
     lse: Float32  # of the whole row, with the sink where there is one
     first: Int32  # the first split that saw a key; MAX_SPLITS where none did
 
@@ -72,7 +72,7 @@ class RowMerger:
         """Fills `weights` with exp(lse - largest) for splits [0, num_splits), and 0 behind them. lse: (splits,)."""
         lane = cute.arch.lane_idx()
         values = []
-        largest = -Float32.inf if const_expr(sink is None) else sink
+        largest = -Float32.inf
         for i in cutlass.range_constexpr(MAX_SPLITS // WARP):
             value = -Float32.inf
             if i * WARP + lane < num_splits:
@@ -96,10 +96,13 @@ class RowMerger:
         first = cute.arch.warp_redux_sync(first, "min")
         for i in cutlass.range_constexpr(5):
             total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
-        if const_expr(sink is not None):
-            total = total + exp2((sink - largest) * LOG2_E)
         lse_of_row = fma(cute.math.log2(total, fastmath=True), Float32(LN2), largest)
-        return RowWeights(total, -Float32.inf if total == 0.0 else lse_of_row, first)
+        lse_of_row = -Float32.inf if total == 0.0 else lse_of_row
+        factor = 0.0 if total == 0.0 else 1.0 / total
+        if const_expr(sink is not None):
+            share, lse_of_row = join_sink(lse_of_row, sink)
+            factor = factor * share
+        return RowWeights(factor, lse_of_row, first)
 
     @cute.jit
     def accumulate(self, partial: cute.Tensor, num_splits: Int32, first: Int32) -> cute.Tensor:
@@ -193,9 +196,8 @@ class RowMerger:
         for j in range(VECTOR):
             own[j] = (own[j] + others[0][j]) + (others[1][j] + others[2][j])
 
-    def store(self, sums: cute.Tensor, total: Float32, out_row: cute.Tensor):
-        """sums / total, rounded to the type of `out_row` (head_dim_v,); zeros where total is 0."""
-        factor = _inverse(total)
+    def store(self, sums: cute.Tensor, factor: Float32, out_row: cute.Tensor):
+        """sums * factor, rounded to the type of `out_row` (head_dim_v,)."""
         pieces = cute.logical_divide(out_row, cute.make_layout(VECTOR))
         for i in range(self.pieces):
             rounded = cute.make_rmem_tensor(VECTOR, out_row.element_type)
@@ -204,8 +206,3 @@ class RowMerger:
                 scaled[j] = sums[VECTOR * i + j] * factor
             rounded.store(scaled.load().to(out_row.element_type))
             self.for_piece(i, lambda column, rounded=rounded: cute.autovec_copy(rounded, pieces[None, column]))
-
-
-@cute.jit
-def _inverse(total: Float32) -> Float32:
-    return 0.0 if total == 0.0 else 1.0 / total

@@ -76,9 +76,9 @@ class OutputRows:
                 sink = Float32(0.0)
                 if place.is_row:
                     sink = tensors.sink[place.head].to(Float32)
-            factor, lse = softmax.finish(r, sink)
+            factor, share, lse = softmax.finish(r, sink)
             factor, lse = (factor, lse) if place.is_query else (Float32(0.0), -Float32.inf)
-            chunks = self._chunks(o, r, factor, tensors.out.element_type, lane)
+            chunks = self._chunks(o, r, factor, share, tensors.out.element_type, lane)
             if place.is_row:
                 out_row = _output_row(tensors.out, place)
                 dim_v = cute.size(out_row)
@@ -101,7 +101,7 @@ class OutputRows:
         lane = cute.arch.lane_idx() % QUAD
         for r in cutlass.range_constexpr(2):
             place, row = self.place(r, seqlens), self.first_row + ROW_STEP * r
-            factor, lse = softmax.finish(r, None)
+            factor, _, lse = softmax.finish(r, None)
             if place.is_row and place.is_query:
                 pairs = cute.logical_divide(tensors.partial[slot, row, None], cute.make_layout(2))
                 for j in cutlass.range_constexpr(cute.size(pairs, mode=[1]) // QUAD):
@@ -114,7 +114,7 @@ class OutputRows:
                     tensors.lse_partial[slot, row] = lse
 
     @staticmethod
-    def _chunks(o: cute.Tensor, r: int, factor: Float32, dtype, lane: Int32):
+    def _chunks(o: cute.Tensor, r: int, factor: Float32, share: Float32, dtype, lane: Int32):
         """Row r in the output type: chunk i holds columns 8 * (4i + lane) .. + 8 after the exchange within the quad.
 
         A factor of 0 selects zeros: what the row of a padding query accumulated may be NaN.
@@ -123,7 +123,7 @@ class OutputRows:
         row = cute.make_rmem_tensor(2 * column_blocks, Float32)
         for j in range(column_blocks):
             for c in range(2):
-                row[2 * j + c] = o[4 * j + 2 * r + c] * factor
+                row[2 * j + c] = o[4 * j + 2 * r + c] * factor * share
         rounded = cute.make_rmem_tensor(2 * column_blocks, dtype)
         wgmma.round_to(row, rounded)
         words = cute.recast_tensor(rounded, Int32)

@@ -93,10 +93,7 @@ class OnlineSoftmax:
 
     @cute.jit
     def finish(self, row: int, sink: Float32 | None):
-        """(factor for the output row, log-sum-exp) of a row. Where nothing was visible: 0, and -inf or the sink.
-
-        A sink is a logit, in natural units, that joins the sum and has no value.
-        """
+        """`normalise` for a row of this thread."""
         row_sum = self.row_sum[row]
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=1)
         row_sum = row_sum + cute.arch.shuffle_sync_bfly(row_sum, offset=2)
@@ -105,17 +102,32 @@ class OnlineSoftmax:
 
 @cute.jit
 def normalise(row_max: Float32, row_sum: Float32, scale_log2: Float32, sink: Float32 | None):
-    """(factor for the output row, log-sum-exp) of a row that was summed relative to `row_max`, an unscaled score."""
+    """(factor, share, log-sum-exp) of a row that was summed relative to `row_max`, an unscaled score.
+
+    The output is output * factor * share, in this order. Where nothing was visible the factor is 0 and the log-sum-exp
+    -inf or the sink. The share is 1 without a sink.
+    """
     # Not told by the maximum, which is -inf too where every score is NaN: those rows have to show it.
     nothing = row_sum == 0.0
     row_max = 0.0 if row_max == -Float32.inf else row_max
-    lse_of_nothing = -Float32.inf
-    if const_expr(sink is not None):
-        row_sum = row_sum + exp2(fma(-row_max, scale_log2, sink * LOG2_E))
-        lse_of_nothing = sink
     lse = fma(row_max, scale_log2, cute.math.log2(row_sum, fastmath=True)) * LN2
-    if const_expr(sink is not None):
-        # The sum can only overflow by a sink far above every score, which then is the log-sum-exp.
-        lse = sink if row_sum == Float32.inf else lse
+    lse = -Float32.inf if nothing else lse
     factor = 0.0 if nothing else cute.arch.rcp_approx(row_sum)
-    return factor, lse_of_nothing if nothing else lse
+    share = Float32(1.0)
+    if const_expr(sink is not None):
+        share, lse = join_sink(lse, sink)
+    return factor, share, lse
+
+
+@cute.jit
+def join_sink(lse: Float32, sink: Float32):
+    """(share of the output that is left, log-sum-exp) of a row when a sink joins: a logit that has no value.
+
+    The forward kernels call it for rows of one split, the combine kernel for the others. It works on a finished row in
+    both, or a row's bits would depend on whether keys that it does not see split its sequence.
+    """
+    # Infinite where there is nothing but the sink, or it is far above everything: then it is the log-sum-exp.
+    total = 1.0 + exp2((sink - lse) * LOG2_E)
+    joined = fma(cute.math.log2(total, fastmath=True), Float32(LN2), lse)
+    joined = sink if lse == -Float32.inf or total == Float32.inf else joined
+    return 0.0 if lse == -Float32.inf else 1.0 / total, joined
