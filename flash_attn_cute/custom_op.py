@@ -96,7 +96,7 @@ def call(arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
     arguments = dict(arguments)
     out = arguments.pop("out")
     metadata = arguments.pop("scheduler_metadata")
-    if metadata not in (None, False):
+    if metadata is not None and metadata is not False:
         raise NotImplementedError("scheduler_metadata under torch.compile: leave it out, or call outside the region")
     arguments["plans"] = metadata is None
     arguments["window_left"], arguments["window_right"] = arguments.pop("window_size")

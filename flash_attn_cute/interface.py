@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_attn_cute import launch, prepared_calls
 from flash_attn_cute.problem import AttentionTensors, Problem
-from flash_attn_cute.scheduler_metadata import SchedulerMetadata
+from flash_attn_cute.scheduler_metadata import SchedulerMetadata, check_scheduler_metadata
 
 BACKENDS = ("auto", "cute", "emulator", "reference")
 NO_BACKWARD = (
@@ -74,8 +74,9 @@ def flash_attn_varlen_func(
     softcap: c > 0 makes a score c * tanh(score / c).
     learnable_sink: (H,) logits that join the softmax and have no value.
     pack_gqa: put the query heads of a KV head into one query tile; None chooses. It never changes the result.
-    num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n.
-        Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is given.
+    num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n
+        (up to 256). Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is
+        given.
     seqlen_k_per_split: keys between absolute split boundaries, rounded up to whole KV tiles, whatever the batch.
     scheduler: "auto", "single_tile", "static", "dynamic" or, on Blackwell, "clc". It never changes the result.
     scheduler_metadata: a plan from `get_scheduler_metadata`, for any number of calls of the same lengths; None plans
@@ -148,7 +149,7 @@ def flash_attn_varlen_func(
         pack_gqa,
         deterministic,
         scheduler,
-        scheduler_metadata.shape if isinstance(scheduler_metadata, SchedulerMetadata) else scheduler_metadata,
+        _what_decides(scheduler_metadata),
         return_lse,
         backend,
     )
@@ -172,11 +173,16 @@ def flash_attn_varlen_func(
         scheduler=scheduler,
         return_lse=return_lse,
     )
-    if not isinstance(scheduler_metadata, SchedulerMetadata) and scheduler_metadata not in (None, False):
-        takes = "a SchedulerMetadata, None or False"
-        raise TypeError(f"scheduler_metadata: got {type(scheduler_metadata).__name__}; takes {takes}")
+    check_scheduler_metadata(problem, scheduler_metadata)
     out, lse = _attend(tensors, problem, backend, scheduler_metadata, signature)
     return (out, lse) if return_lse else out
+
+
+def _what_decides(scheduler_metadata: Any) -> Any:
+    """What of the argument is part of a call's signature."""
+    if isinstance(scheduler_metadata, SchedulerMetadata):
+        return scheduler_metadata.shape, scheduler_metadata.device
+    return scheduler_metadata
 
 
 def _compiled_call(**arguments) -> Tensor | tuple[Tensor, Tensor]:
@@ -210,8 +216,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
         raise TypeError("supports: got an argument twice or too many positional ones; takes those of the call itself")
     named = dict(zip(positional, args, strict=True)) | options
     tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in AttentionTensors._fields[3:]})
-    named.pop("scheduler_metadata", None)
+    metadata = named.pop("scheduler_metadata", None)
     problem = Problem.from_arguments(tensors, **named)
+    check_scheduler_metadata(problem, metadata)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
     if chosen != "reference" and _wants_gradients(tensors):
         reason = NO_BACKWARD

@@ -16,6 +16,7 @@ from flash_attn_cute.launch_combine import PlannedCombine
 from flash_attn_cute.plan import PlanParameters
 from flash_attn_cute.problem import INT32_MAX, AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import (
+    MAX_BATCH,
     UNBOUNDED,
     BatchShape,
     LengthTensors,
@@ -53,6 +54,8 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "key_bias"
     if problem.scheduler == "clc" and architecture == "sm_90a":
         return "scheduler='clc', which Hopper does not have"
+    if problem.seqlen_k_per_split is not None and problem.batch_size > MAX_BATCH:
+        return f"seqlen_k_per_split with {problem.batch_size} sequences (at most {MAX_BATCH})"
     if problem.softmax_scale <= 0.0:
         return f"softmax_scale={problem.softmax_scale}, which is not positive"
     if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.query_rows) == 0:
@@ -320,6 +323,8 @@ class PreparedLaunch(NamedTuple):
         """
         t, p = tensors, problem
         target = _target(t.q.device.index)
+        if metadata and metadata.device != t.q.device:
+            raise ValueError(f"scheduler_metadata: got a plan on {metadata.device}; takes one on {t.q.device}")
         planning = batch_shape(p, target, metadata)
         planned = plan(p, target, planning and planning.parameters)
         scalars = (

@@ -16,6 +16,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from flash_attn_cute.plan import MAX_SPLITS
+
 INT32_MAX = 2**31 - 1
 MAX_HEAD_DIM = 256
 SCHEDULERS = ("auto", "single_tile", "static", "dynamic", "clc")
@@ -159,10 +161,12 @@ class Problem:
             softmax_scale = _check_finite("softmax_scale", softmax_scale)
         if type(softcap) is not float or softcap != 0.0:
             softcap = _check_softcap(softcap)
-        if type(num_splits) is not int or num_splits < 0:
-            num_splits = _check_int("num_splits", num_splits, 0)
+        if type(num_splits) is not int or not 0 <= num_splits <= MAX_SPLITS:
+            num_splits = _check_int("num_splits", num_splits, 0, MAX_SPLITS)
         if seqlen_k_per_split is not None:
             seqlen_k_per_split = _check_int("seqlen_k_per_split", seqlen_k_per_split, 1)
+            if num_splits > 1:
+                _fail("num_splits", f"{num_splits} with seqlen_k_per_split", "0 or 1: boundaries are absolute")
         if pack_gqa is not None:
             _check_bool("pack_gqa", pack_gqa, "True, False or None")
         _check_bool("causal", causal)
@@ -413,13 +417,13 @@ def _check_max_seqlen(name: str, value: int, seqlen: int | None, is_bound: bool)
     return value
 
 
-def _check_int(name: str, value: int, least: int) -> int:
+def _check_int(name: str, value: int, least: int, most: int = INT32_MAX) -> int:
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             _fail(name, type(value).__name__, "an int", TypeError)
         value = int(value)
-    if not least <= value <= INT32_MAX:
-        _fail(name, f"{value}", f"an int from {least} to {INT32_MAX}")
+    if not least <= value <= most:
+        _fail(name, f"{value}", f"an int from {least} to {most}")
     return value
 
 

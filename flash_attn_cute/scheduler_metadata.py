@@ -66,6 +66,10 @@ class SchedulerMetadata:
     tile_count_semaphore: Tensor  # (2,) int32, zero before and after every launch
 
     @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    @property
     def virtual_batch_idx(self) -> Tensor:
         """(B,) int32: virtual index -> real index."""
         return self.entries[: self.extents.batch_size, 0]
@@ -128,10 +132,12 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
     Raises ValueError where `metadata` was made for another call.
     """
     p = problem
-    if metadata is False and p.seqlen_k_per_split is not None:
-        _fail("scheduler_metadata", "False with seqlen_k_per_split", "None or a plan: without one nothing is split")
+    check_scheduler_metadata(p, metadata)
     asks_for_splits = p.num_splits != 1 or p.seqlen_k_per_split is not None
     if metadata is False or (metadata is None and not asks_for_splits and not _planning_pays(p, target.num_sms)):
+        return None
+    # Larger batches go in their own order. Absolute boundaries have been refused for them (launch.unsupported).
+    if metadata is None and p.batch_size > MAX_BATCH:
         return None
     shape = _Shape(p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v)
     given = metadata.parameters if metadata else None
@@ -148,9 +154,27 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
     )
     extents = Extents(p.batch_size, p.total_q if p.q_packed else p.seqlen_q, p.seqlen_k or 0)
     if given is None:
-        return BatchShape(parameters, extents, p.q_packed)
+        return _countable(BatchShape(parameters, extents, p.q_packed))
     _check_belongs(metadata, parameters, extents, p.q_packed)
     return metadata.shape
+
+
+def check_scheduler_metadata(problem: Problem, metadata: Any) -> None:
+    """Raises where `metadata` is nothing that a call takes for `scheduler_metadata`, or not what this one asks for."""
+    if metadata is None or isinstance(metadata, SchedulerMetadata):
+        return
+    if metadata is not False:
+        _fail("scheduler_metadata", type(metadata).__name__, "a SchedulerMetadata, None or False", TypeError)
+    if problem.seqlen_k_per_split is not None:
+        _fail("scheduler_metadata", "False with seqlen_k_per_split", "None or a plan: without one nothing is split")
+
+
+def _countable(shape: BatchShape) -> BatchShape:
+    """Raises ValueError where there may be more work tiles than can be numbered: only many absolute boundaries can."""
+    most = shape.tiles_bound + shape.slots_bound
+    if most > MAX_WORK_TILES:
+        _fail("seqlen_k_per_split", f"room for {most} work tiles", f"at most {MAX_WORK_TILES}: larger splits")
+    return shape
 
 
 def _planning_pays(p: Problem, num_sms: int) -> bool:
@@ -179,7 +203,9 @@ def _check_belongs(metadata: SchedulerMetadata, parameters: PlanParameters, exte
     if metadata.extents[:2] != extents[:2] or metadata.packed_q != packed_q:
         got = f"a plan of {metadata.extents.batch_size} sequences, {metadata.extents.rows_q} rows of q"
         _fail("scheduler_metadata", got, f"{extents.batch_size} sequences, {extents.rows_q} rows here")
-    if given.max_splits > parameters.max_splits or given.tiles_per_split != parameters.tiles_per_split:
+    # At absolute boundaries the most splits are what the shapes of plan and call had room for, and no cap.
+    exceeds = given.tiles_per_split == 0 and given.max_splits > parameters.max_splits
+    if exceeds or given.tiles_per_split != parameters.tiles_per_split:
         got = f"a plan of up to {given.max_splits} splits, {given.tiles_per_split} KV tiles apart"
         takes = f"at most {parameters.max_splits}, {parameters.tiles_per_split} apart, as this call's num_splits and "
         _fail("scheduler_metadata", got, takes + "seqlen_k_per_split say")
@@ -238,16 +264,24 @@ def get_scheduler_metadata(
         ("batch_size", batch_size, 0),
         ("max_seqlen_q", max_seqlen_q, 0),
         ("max_seqlen_k", max_seqlen_k, 0),
+        ("num_heads", num_heads, 1),
         ("num_heads_kv", num_heads_kv, 1),
+        ("head_dim", head_dim, 8),
+        ("head_dim_v", head_dim if head_dim_v is None else head_dim_v, 8),
         ("num_splits", num_splits, 0),
+        ("seqlen_k_per_split", 1 if seqlen_k_per_split is None else seqlen_k_per_split, 1),
+        ("total_q", 0 if total_q is None else total_q, 0),
+        ("num_sms", 1 if num_sms is None else num_sms, 1),
     ):
         if type(value) is not int or not least <= value <= INT32_MAX:
             _fail(name, repr(value), f"an int from {least} to {INT32_MAX}")
     _check_lengths(lengths, batch_size)
-    if num_heads < 1 or num_heads % num_heads_kv:
+    if num_heads % num_heads_kv:
         _fail("num_heads", num_heads, f"a positive multiple of num_heads_kv, {num_heads_kv}")
     if num_splits > MAX_SPLITS:
         _fail("num_splits", num_splits, f"at most {MAX_SPLITS}")
+    if seqlen_k_per_split is not None and num_splits > 1:
+        _fail("num_splits", f"{num_splits} with seqlen_k_per_split", "0 or 1: boundaries are absolute")
     if batch_size > MAX_BATCH:
         _fail("batch_size", batch_size, f"at most {MAX_BATCH}")
     if (cu_seqlens_q is None) != (total_q is None):
@@ -264,6 +298,7 @@ def get_scheduler_metadata(
     parameters = _parameters(
         shape, target, rows_q / max(batch_size, 1), window, num_splits, seqlen_k_per_split, pack_gqa, max_seqlen_k
     )
+    _countable(BatchShape(parameters, extents, cu_seqlens_q is not None))
     return plan_batch(lengths, extents, parameters, target.backend, device)
 
 
@@ -335,8 +370,6 @@ def _parameters(
         raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {tile.query_rows})")
     tiles_per_split, max_splits = 0, num_splits or MAX_SPLITS
     if seqlen_k_per_split is not None:
-        if type(seqlen_k_per_split) is not int or seqlen_k_per_split < 1:
-            _fail("seqlen_k_per_split", repr(seqlen_k_per_split), "a positive int or None")
         tiles_per_split = -(-seqlen_k_per_split // tile.tile_n)
         # What the shapes allow decides the workspace; that a sequence is longer cannot be.
         longest = -(-max_seqlen_k // tile.tile_n)
@@ -385,16 +418,8 @@ def _l2_bytes(device: torch.device | str) -> int:
 def plan_batch(
     lengths: LengthTensors, extents: Extents, parameters: PlanParameters, backend: str, device: torch.device
 ) -> SchedulerMetadata:
-    """The plan of a batch under given parameters. backend: "cute", "emulator" or "reference".
-
-    Raises ValueError where there may be more work tiles than can be numbered.
-    """
-    packed_q = lengths.cu_seqlens_q is not None
-    most_tiles = tiles_bound(parameters, extents, packed_q)
-    most = most_tiles + parameters.slots_bound(most_tiles)
-    if most > MAX_WORK_TILES:
-        _fail("seqlen_k_per_split", f"room for {most} work tiles", f"at most {MAX_WORK_TILES}: larger splits")
-    metadata = _allocate(extents, parameters, packed_q, device)
+    """The plan of a batch under given parameters. backend: "cute", "emulator" or "reference"."""
+    metadata = _allocate(extents, parameters, lengths.cu_seqlens_q is not None, device)
     if metadata.entries.shape[0] == 0:
         for tensor in (*_sums(metadata), metadata.summary, metadata.tile_count_semaphore):
             tensor.zero_()

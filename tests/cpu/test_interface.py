@@ -43,11 +43,25 @@ def test_reference_backend_has_gradients():
         ({"backend": "triton"}, NotImplementedError, "backend='triton' is not built yet"),
         ({"backend": "cute"}, NotImplementedError, "device type cpu"),
         ({"scheduler_metadata": object()}, TypeError, "scheduler_metadata: got object; takes a SchedulerMetadata"),
+        ({"scheduler_metadata": 0}, TypeError, "scheduler_metadata: got int; takes a SchedulerMetadata"),
+        (
+            {"scheduler_metadata": torch.zeros(2)},
+            TypeError,
+            "scheduler_metadata: got Tensor; takes",
+        ),
+        (
+            {"scheduler_metadata": False, "seqlen_k_per_split": 64},
+            ValueError,
+            "scheduler_metadata: got False with seqlen_k_per_split",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         flash_attn_varlen_func(*CALL, **options)
+    if "scheduler_metadata" in options:
+        with pytest.raises(error, match=message):
+            supports(*CALL, **options)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_attn_cute import SchedulerMetadata, get_scheduler_metadata
-from flash_attn_cute.launch import Target
+from flash_attn_cute.launch import Target, unsupported
 from flash_attn_cute.plan import (
     GRANULARITIES,
     TILE_OVERHEAD,
@@ -20,7 +20,7 @@ from flash_attn_cute.plan import (
     work_tiles,
 )
 from flash_attn_cute.problem import AttentionTensors, Problem
-from flash_attn_cute.scheduler_metadata import UNBOUNDED, batch_shape
+from flash_attn_cute.scheduler_metadata import MAX_BATCH, UNBOUNDED, batch_shape
 
 CAUSAL = PlanParameters(
     heads=8,
@@ -152,6 +152,11 @@ def test_get_scheduler_metadata_on_the_cpu():
         ({"num_splits": 257}, "num_splits: got 257"),
         ({"num_splits": True}, "num_splits: got True"),
         ({"seqlen_k_per_split": 0}, "seqlen_k_per_split: got 0"),
+        ({"seqlen_k_per_split": 10**12}, "seqlen_k_per_split: got 1000000000000; takes an int from 1 to"),
+        ({"seqlen_k_per_split": 64, "num_splits": 4}, "num_splits: got 4 with seqlen_k_per_split"),
+        ({"seqlen_k_per_split": 1, "max_seqlen_q": 1 << 30, "max_seqlen_k": 1 << 20}, "seqlen_k_per_split: got room"),
+        ({"num_heads": "8"}, "num_heads: got '8'"),
+        ({"num_sms": 0}, "num_sms: got 0"),
         ({"total_q": 5}, "total_q: got 5"),
         ({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, "total_q: got None"),
         ({"seqused_q": torch.zeros(3)}, "seqused_q: got torch.float32"),
@@ -173,20 +178,50 @@ def test_wrong_arguments_are_named(changes, message):
         get_scheduler_metadata(**given | changes)
 
 
-def test_a_call_plans_by_itself_where_prefill_lies_among_decodes():
-    def shape_of(lengths_q, metadata=None, scheduler="auto", num_splits=1):
-        total = sum(lengths_q)
-        offsets = torch.empty(len(lengths_q) + 1, dtype=torch.int32, device="meta")
-        q, k = (torch.empty(total, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
-        problem = Problem.from_arguments(
-            AttentionTensors(q, k, k, offsets, offsets),
-            max_seqlen_q=max(lengths_q),
-            causal=True,
-            scheduler=scheduler,
-            num_splits=num_splits,
-        )
-        return batch_shape(problem, Target("sm_90a", 132), metadata)
+def problem_of(lengths_q, **options):
+    """A packed call of so many queries and keys a sequence, of which only the shapes are there."""
+    offsets = torch.empty(len(lengths_q) + 1, dtype=torch.int32, device="meta")
+    q, k = (torch.empty(sum(lengths_q), heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    tensors = AttentionTensors(q, k, k, offsets, offsets)
+    return Problem.from_arguments(tensors, max_seqlen_q=max(lengths_q), causal=True, **options)
 
+
+def shape_of(lengths_q, metadata=None, **options):
+    return batch_shape(problem_of(lengths_q, **options), Target("sm_90a", 132), metadata)
+
+
+def test_batches_beyond_what_a_plan_takes_go_without_one():
+    many = [30000] + [1] * MAX_BATCH
+    assert shape_of(many[:-1]) is not None and shape_of(many) is None
+    assert shape_of(many, num_splits=0) is None
+    assert unsupported(problem_of(many, num_splits=0), "sm_90a") is None
+    assert "seqlen_k_per_split with 32767" in unsupported(problem_of(many, seqlen_k_per_split=256), "sm_90a")
+    assert unsupported(problem_of(many[:-1], seqlen_k_per_split=256), "sm_90a") is None
+
+
+def test_too_many_absolute_boundaries_are_refused():
+    with pytest.raises(ValueError, match="seqlen_k_per_split: got room for"):
+        shape_of([1 << 20] * 20, seqlen_k_per_split=1)
+    assert shape_of([1 << 20] * 20, num_splits=0).slots_bound == 4 * 132
+
+
+def test_a_plan_with_room_for_longer_keys_serves_the_call():
+    """At absolute boundaries it only says how many there may be; a cap on splits is the call's."""
+    offsets = torch.tensor([0, 2, 300], dtype=torch.int32)
+
+    def plan_for(max_seqlen_k, **options):
+        lengths = dict(cu_seqlens_q=offsets, cu_seqlens_k=offsets, total_q=300, causal=True)
+        return get_scheduler_metadata(2, 298, max_seqlen_k, 32, 8, 128, **lengths, **options)
+
+    capacity = plan_for(8192, seqlen_k_per_split=128)
+    assert shape_of([2, 298], capacity, seqlen_k_per_split=128).slots_bound == capacity.slots_bound
+    with pytest.raises(ValueError, match="scheduler_metadata: got a plan of up to 64 splits, 1 KV tiles apart"):
+        shape_of([2, 298], capacity, seqlen_k_per_split=256)
+    with pytest.raises(ValueError, match="scheduler_metadata: got a plan of up to 8 splits"):
+        shape_of([2, 298], plan_for(300, num_splits=8), num_splits=4)
+
+
+def test_a_call_plans_by_itself_where_prefill_lies_among_decodes():
     mixed = [2048] * 4 + [1] * 96
     assert shape_of(mixed) is not None
     assert shape_of(mixed, metadata=False) is None

@@ -1,5 +1,7 @@
 """The forward under a plan, with and without splits, on the emulated architecture: shared by its test modules."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -114,5 +116,8 @@ def test_a_plan_of_another_call_is_refused(emulation):
         attention(other, causal=True, num_splits=0, scheduler_metadata=plan)
     with pytest.raises(ValueError, match="scheduler_metadata: got False with seqlen_k_per_split"):
         attention(tensors, causal=True, seqlen_k_per_split=256, scheduler_metadata=False)
+    elsewhere = dataclasses.replace(plan, entries=plan.entries.cpu())
+    with pytest.raises(ValueError, match="scheduler_metadata: got a plan on cpu; takes one on cuda:0"):
+        attention(tensors, causal=True, num_splits=0, scheduler_metadata=elsewhere)
     with pytest.raises(TypeError, match="scheduler_metadata: got str"):
         attention(tensors, scheduler_metadata="yes")
