@@ -15,11 +15,11 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as blackwell
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
-from flash_attn_cute.device import packed, ragged_tma, tensor_memory, umma
+from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_memory, umma
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
@@ -51,8 +51,6 @@ from flash_attn_cute.tile_scheduler import (
 WARP, WARPGROUP = 32, 128
 # Warps of a warpgroup, one arrival each: all of softmax, or all of correction.
 WARPS = 4
-# Columns of the output that are in registers at a time.
-OUTPUT_COLUMNS = 32
 
 
 class Operand(NamedTuple):
@@ -70,8 +68,12 @@ class Operands(NamedTuple):
     out: Operand
 
 
-class Staging(NamedTuple):
-    """Tiles in shared memory, (rows, columns, stages)."""
+@dataclass(frozen=True)
+class Shared:
+    """Shared memory of a CTA: tiles as (rows, columns, stages), factors of rows, and what warps meet on.
+
+    Rings that belong to a query tile come as functions of its index.
+    """
 
     q: cute.Tensor  # a stage a query tile, as out
     k: cute.Tensor  # k and v are two views of one ring of stages
@@ -79,51 +81,45 @@ class Staging(NamedTuple):
     out: cute.Tensor
     rescaling: cute.Tensor  # (128, 2): what each row's earlier output is multiplied by, a column a score buffer
     normalising: cute.Tensor  # (128, query tiles): what each row's finished output is multiplied by
-
-
-@dataclass(frozen=True)
-class Rings:
-    """What warps meet on. Those of one query tile come as a function of its index."""
-
-    barriers: cute.Pointer
-    kv: MbarrierRing
-    tiles: TileMailbox
-    score_buffers: int
+    mailbox: TileMailbox
+    kv_ring: MbarrierRing
+    barriers: cute.Pointer  # of the other rings
+    score_buffers: int  # of a query tile
 
     WORDS_OF_TILE = 16
 
-    def _of_tile(self, index, first: int, stages: int = 1) -> MbarrierRing:
-        return MbarrierRing(self.barriers + self.WORDS_OF_TILE * index + first, stages)
+    def _ring(self, index, first_word: int, stages: int = 1) -> MbarrierRing:
+        return MbarrierRing(self.barriers + self.WORDS_OF_TILE * index + first_word, stages)
 
-    def q(self, index) -> MbarrierRing:
-        return self._of_tile(index, 0)
+    def q_ring(self, index) -> MbarrierRing:
+        return self._ring(index, 0)
 
-    def scores(self, index) -> MbarrierRing:
+    def score_ring(self, index) -> MbarrierRing:
         """Full: scores are there. Released: probabilities are, and the output takes their product."""
-        return self._of_tile(index, 2, self.score_buffers)
+        return self._ring(index, 2, self.score_buffers)
 
-    def products(self, index) -> MbarrierRing:
+    def product_ring(self, index) -> MbarrierRing:
         """Full: the output is complete; with two score buffers, after each product. Nobody releases."""
-        return self._of_tile(index, 6)
+        return self._ring(index, 6)
 
-    def normalising(self, index) -> MbarrierRing:
-        """Full: the rows' final factors are there."""
-        return self._of_tile(index, 8)
+    def factor_ring(self, index) -> MbarrierRing:
+        """Full: the rows' normalising factors are there."""
+        return self._ring(index, 8)
 
-    def output(self, index) -> MbarrierRing:
+    def output_ring(self, index) -> MbarrierRing:
         """Full: the finished output is staged. Empty: it has been stored."""
-        return self._of_tile(index, 10)
+        return self._ring(index, 10)
 
     @cute.jit
-    def init(self, query_tiles: cutlass.Constexpr):
-        self.kv.init(full_arrivals=1, empty_arrivals=1)
-        self.tiles.init()
+    def init_barriers(self, query_tiles: cutlass.Constexpr):
+        self.mailbox.init()
+        self.kv_ring.init(full_arrivals=1, empty_arrivals=1)
         for i in cutlass.range_constexpr(query_tiles):
-            self.q(i).init(full_arrivals=1, empty_arrivals=1)
-            self.scores(i).init(full_arrivals=1, empty_arrivals=2 * WARPS)
-            self.products(i).init(full_arrivals=1, empty_arrivals=1)
-            self.normalising(i).init(full_arrivals=WARPS, empty_arrivals=WARPS)
-            self.output(i).init(full_arrivals=WARPS, empty_arrivals=1)
+            self.q_ring(i).init(full_arrivals=1, empty_arrivals=1)
+            self.score_ring(i).init(full_arrivals=1, empty_arrivals=2 * WARPS)
+            self.product_ring(i).init(full_arrivals=1, empty_arrivals=1)
+            self.factor_ring(i).init(full_arrivals=WARPS, empty_arrivals=WARPS)
+            self.output_ring(i).init(full_arrivals=WARPS, empty_arrivals=1)
 
 
 class Ranges(NamedTuple):
@@ -142,6 +138,17 @@ class Products:
     k: SharedOperand
     v: SharedOperand
     columns: Int32  # address of tensor memory
+
+
+@dataclass(frozen=True)
+class RowOfScores:
+    """What one thread of a softmax warpgroup holds for a whole launch."""
+
+    index: Int32  # of its query tile
+    memory: Row
+    softmax: RowSoftmax
+    scores: cute.Tensor  # registers
+    cap: Float32 | None  # what a soft cap multiplies scores by before their tanh
 
 
 class ForwardSm100:
@@ -221,26 +228,19 @@ class ForwardSm100:
     # ---------------------------------------------------------------------------------------------------------------
 
     @cute.kernel
-    def kernel(
-        self,
-        operands: Operands,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
-        source: SeqlenSource,
-    ):
+    def kernel(self, operands: Operands, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource):
         tile = self.spec.tile
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == self.load_warp:
             for operand in operands:
                 cpasync.prefetch_descriptor(operand.atom)
         smem = SmemAllocator()
-        staging = self._allocate(smem, operands)
-        rings = self._rings(smem)
+        shared = self._allocate(smem, operands)
         columns_start = smem.allocate_array(Int32, 1)
         scheduler = self._scheduler(smem, tensors, scalars)
         if warp == self.load_warp:
             with cute.arch.elect_one():
-                rings.init(self.query_tiles)
+                shared.init_barriers(self.query_tiles)
                 if const_expr(self.spec.clc):
                     scheduler.init()
                 cute.arch.mbarrier_init_fence()
@@ -258,22 +258,22 @@ class ForwardSm100:
         softmax_registers, correction_registers, other_registers = tile.registers
         if warp < self.correction_warp:
             cute.arch.setmaxregister_increase(softmax_registers)
-            self.softmax(staging, rings, columns, window, tensors, scalars)
+            self.softmax(shared, columns, window, tensors, scalars)
         elif warp < self.mma_warp:
             if const_expr(self.alternates):
                 cute.arch.setmaxregister_decrease(correction_registers)
-            self.correct(staging, rings, columns, window, tensors)
+            self.correct(shared, columns, window, tensors)
         else:
             cute.arch.setmaxregister_decrease(other_registers)
             if warp == self.mma_warp:
-                self.multiply(self._products(staging, columns), rings, window)
+                self.multiply(self._products(shared, columns), shared, window)
             if warp == self.load_warp:
-                self.load(operands, staging, rings, window, tensors)
+                self.load(operands, shared, window, tensors)
             if warp == self.store_warp:
-                self.store(operands.out, staging, rings, window, tensors)
+                self.store(operands.out, shared, window, tensors)
             if warp == self.schedule_warp:
                 order = tile_order(self.spec, tensors, scalars, source)
-                schedule(self.spec, order, scheduler, rings.tiles, window, tensors)
+                schedule(self.spec, order, scheduler, shared.mailbox, window, tensors)
         # Nobody reaches into tensor memory any more.
         tensor_memory.fence_before_arrival()
         cute.arch.sync_threads()
@@ -282,37 +282,35 @@ class ForwardSm100:
             cute.arch.relinquish_tmem_alloc_permit()
             cute.arch.dealloc_tmem(columns, tensor_memory.COLUMNS)
 
-    def _allocate(self, smem: SmemAllocator, operands: Operands) -> Staging:
+    def _allocate(self, smem: SmemAllocator, operands: Operands) -> Shared:
         tile, dtype = self.spec.tile, self.spec.dtype
 
-        def tensor(operand: Operand, start=None) -> cute.Tensor:
+        def tiles(operand: Operand, start=None) -> cute.Tensor:
             layout = operand.smem_layout
             if start is None:
                 # 1024 bytes: the period of the 128-byte swizzle, which works on absolute addresses.
                 return smem.allocate_tensor(dtype, layout.outer, byte_alignment=1024, swizzle=layout.inner)
             return cute.make_tensor(cute.recast_ptr(start, layout.inner, dtype), layout.outer)
 
-        q = tensor(operands.q)
-        ring = smem.allocate_array(dtype, tile.kv_stages * tile.stage_elements, byte_alignment=1024)
-        k, v = tensor(operands.k, ring), tensor(operands.v, ring)
-        out = tensor(operands.out, q.iterator if tile.output_over_queries else None)
-        rows = tile.query_rows
-        rescaling = smem.allocate_tensor(Float32, cute.make_layout((rows, 2)), byte_alignment=16)
-        normalising = smem.allocate_tensor(Float32, cute.make_layout((rows, tile.query_tiles)), byte_alignment=16)
-        return Staging(q, k, v, out, rescaling, normalising)
+        def table(columns: int, element=Float32, rows: int = tile.query_rows) -> cute.Tensor:
+            return smem.allocate_tensor(element, cute.make_layout((rows, columns)), byte_alignment=16)
 
-    def _rings(self, smem: SmemAllocator) -> Rings:
-        tile = self.spec.tile
+        def ring(stages: int) -> MbarrierRing:
+            return MbarrierRing(smem.allocate_array(cutlass.Int64, MbarrierRing.words(stages)), stages)
 
-        def barriers(words):
-            return smem.allocate_array(cutlass.Int64, words)
-
-        slots = smem.allocate_tensor(Int32, cute.make_layout((MAILBOX_WORDS, MAILBOX_STAGES)), byte_alignment=16)
-        mailbox = MbarrierRing(barriers(MbarrierRing.words(MAILBOX_STAGES)), MAILBOX_STAGES)
-        return Rings(
-            barriers(Rings.WORDS_OF_TILE * tile.query_tiles),
-            MbarrierRing(barriers(MbarrierRing.words(tile.kv_stages)), tile.kv_stages),
-            TileMailbox(slots, mailbox, readers=self.mailbox_readers),
+        q = tiles(operands.q)
+        kv = smem.allocate_array(dtype, tile.kv_stages * tile.stage_elements, byte_alignment=1024)
+        slots = table(MAILBOX_STAGES, Int32, MAILBOX_WORDS)
+        return Shared(
+            q,
+            tiles(operands.k, kv),
+            tiles(operands.v, kv),
+            tiles(operands.out, q.iterator if tile.output_over_queries else None),
+            table(2),
+            table(tile.query_tiles),
+            TileMailbox(slots, ring(MAILBOX_STAGES), readers=self.mailbox_readers),
+            ring(tile.kv_stages),
+            smem.allocate_array(cutlass.Int64, Shared.WORDS_OF_TILE * tile.query_tiles),
             tile.score_buffers,
         )
 
@@ -348,12 +346,12 @@ class ForwardSm100:
     # Loading -----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def load(self, operands: Operands, staging: Staging, rings: Rings, window: Window, tensors: ForwardTensors):
+    def load(self, operands: Operands, shared: Shared, window: Window, tensors: ForwardTensors):
         """The loading warp: queries, then keys and values in the order in which `multiply` takes them."""
         spec = self.spec
         tile_position = kv_position = MbarrierRing.start()
         q_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
-        work, seqlens = rings.tiles.receive(tile_position)
+        work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
@@ -363,9 +361,9 @@ class ForwardSm100:
                 )
                 for x in (operands.k, operands.v)
             ]
-            load_k = ragged_tma.TileLoader.create(operands.k.atom, k_rows, self.k_box, staging.k, rings.kv)
-            load_v = ragged_tma.TileLoader.create(operands.v.atom, v_rows, self.v_box, staging.v, rings.kv)
-            q_positions = self._load_queries(operands.q, staging, rings, ranges, work, seqlens, q_positions, tensors)
+            load_k = ragged_tma.TileLoader.create(operands.k.atom, k_rows, self.k_box, shared.k, shared.kv_ring)
+            load_v = ragged_tma.TileLoader.create(operands.v.atom, v_rows, self.v_box, shared.v, shared.kv_ring)
+            q_positions = self._load_queries(operands.q, shared, ranges, work, seqlens, q_positions, tensors)
             for i in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
                 key_tile = ranges.end - 1 - i
                 if const_expr(self.alternates):
@@ -375,14 +373,13 @@ class ForwardSm100:
                     kv_position = self._load_keys(load_k, kv_position, key_tile, ranges)
                     kv_position = self._load_values(load_v, kv_position, key_tile + 1, ranges)
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+            work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
     def _load_queries(
         self,
         q: Operand,
-        staging: Staging,
-        rings: Rings,
+        shared: Shared,
         ranges: Ranges,
         work: WorkTile,
         seqlens: Seqlens,
@@ -398,7 +395,9 @@ class ForwardSm100:
                 rows = ragged_tma.query_rows(
                     q.source, seqlens, work.batch, head, self._first_token(work, i), ragged=tensors.packed_q
                 )
-                loader = ragged_tma.TileLoader.create(q.atom, rows, self.q_box, staging.q, rings.q(i), first_stage=i)
+                loader = ragged_tma.TileLoader.create(
+                    q.atom, rows, self.q_box, shared.q, shared.q_ring(i), first_stage=i
+                )
                 loader.load(position, 0)
                 position = position.next()
             advanced.append(position)
@@ -424,18 +423,18 @@ class ForwardSm100:
 
     # Multiplying -------------------------------------------------------------------------------------------------
 
-    def _products(self, staging: Staging, columns: cute.Pointer) -> Products:
+    def _products(self, shared: Shared, columns: cute.Pointer) -> Products:
         tile = self.spec.tile
         q_stage = tile.query_rows * tile.head_dim
         return Products(
-            SharedOperand.create(staging.q, self.q_box[1], q_stage, sums_over_rows=False),
-            SharedOperand.create(staging.k, self.k_box[1], tile.stage_elements, sums_over_rows=False),
-            SharedOperand.create(staging.v, self.v_box[1], tile.stage_elements, sums_over_rows=True),
+            SharedOperand.create(shared.q, self.q_box[1], q_stage, sums_over_rows=False),
+            SharedOperand.create(shared.k, self.k_box[1], tile.stage_elements, sums_over_rows=False),
+            SharedOperand.create(shared.v, self.v_box[1], tile.stage_elements, sums_over_rows=True),
             columns.toint().to(Int32),
         )
 
     @cute.jit
-    def multiply(self, products: Products, rings: Rings, window: Window):
+    def multiply(self, products: Products, shared: Shared, window: Window):
         """The warp that issues every product.
 
         With two query tiles in flight: for each of them the output product of one KV tile, then the scores of the next,
@@ -444,7 +443,7 @@ class ForwardSm100:
         tile = self.spec.tile
         tile_position = kv_position = MbarrierRing.start()
         q_positions = s_positions = p_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
-        work, seqlens = rings.tiles.receive(tile_position)
+        work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             for step in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
@@ -455,34 +454,34 @@ class ForwardSm100:
                     k_position, v_position = kv_position.advanced(v_pieces), kv_position
                     for i in cutlass.range_constexpr(self.query_tiles):
                         p_positions = self._multiply_output(
-                            products, rings, ranges.of[i], i, key_tile + 1, v_position, p_positions
+                            products, shared, ranges.of[i], i, key_tile + 1, v_position, p_positions
                         )
                         if const_expr(i == self.query_tiles - 1):
-                            _release_pieces(rings.kv, v_position, v_pieces)
+                            _release_pieces(shared.kv_ring, v_position, v_pieces)
                         s_positions = self._multiply_scores(
-                            products, rings, ranges.of[i], i, key_tile, k_position, q_positions, s_positions
+                            products, shared, ranges.of[i], i, key_tile, k_position, q_positions, s_positions
                         )
-                    _release_pieces(rings.kv, k_position, k_pieces)
+                    _release_pieces(shared.kv_ring, k_position, k_pieces)
                 else:
                     k_position, v_position = kv_position, kv_position.advanced(k_pieces)
                     s_positions = self._multiply_scores(
-                        products, rings, ranges.of[0], 0, key_tile, k_position, q_positions, s_positions
+                        products, shared, ranges.of[0], 0, key_tile, k_position, q_positions, s_positions
                     )
-                    _release_pieces(rings.kv, k_position, k_pieces)
+                    _release_pieces(shared.kv_ring, k_position, k_pieces)
                     p_positions = self._multiply_output(
-                        products, rings, ranges.of[0], 0, key_tile + 1, v_position, p_positions
+                        products, shared, ranges.of[0], 0, key_tile + 1, v_position, p_positions
                     )
-                    _release_pieces(rings.kv, v_position, v_pieces)
+                    _release_pieces(shared.kv_ring, v_position, v_pieces)
                 kv_position = kv_position.advanced(k_pieces + v_pieces)
             q_positions = _advance_where(q_positions, ranges)
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+            work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
     def _multiply_scores(
         self,
         products: Products,
-        rings: Rings,
+        shared: Shared,
         kv: KvRange,
         i: cutlass.Constexpr,
         key_tile: Int32,
@@ -492,16 +491,16 @@ class ForwardSm100:
     ):
         """Scores of one query tile with one KV tile, if it sees that."""
         tile = self.spec.tile
-        q, scores, position = rings.q(i), rings.scores(i), s_positions[i]
+        q, scores, position = shared.q_ring(i), shared.score_ring(i), s_positions[i]
         if key_tile >= kv.first and key_tile < kv.end:
             if key_tile == kv.end - 1:
                 q.wait_full(q_positions[i])
             s = products.columns + (i + scores.stage(position)) * tile.tile_n
             for piece in cutlass.range(tile.k_pieces, unroll=1):
-                rings.kv.wait_full(k_position.advanced(piece))
+                shared.kv_ring.wait_full(k_position.advanced(piece))
                 tensor_memory.fence_after_wait()
                 a = products.q.at(Int32(i), piece * products.k.steps)
-                b = products.k.at(rings.kv.stage(k_position.advanced(piece)))
+                b = products.k.at(shared.kv_ring.stage(k_position.advanced(piece)))
                 umma.issue(self.s_product, s, a, products.q.step, b, products.k.step, products.k.steps, piece > 0)
             umma.commit(scores.full_barrier(position))
             if const_expr(not tile.output_over_queries):
@@ -514,7 +513,7 @@ class ForwardSm100:
     def _multiply_output(
         self,
         products: Products,
-        rings: Rings,
+        shared: Shared,
         kv: KvRange,
         i: cutlass.Constexpr,
         key_tile: Int32,
@@ -523,24 +522,24 @@ class ForwardSm100:
     ):
         """The product of probabilities and values of one KV tile, if the query tile sees that."""
         tile = self.spec.tile
-        scores, position = rings.scores(i), p_positions[i]
+        scores, position = shared.score_ring(i), p_positions[i]
         if key_tile >= kv.first and key_tile < kv.end:
             scores.wait_released(position)
             # Probabilities are in the place of the scores that they come from, two a column.
             p = products.columns + (i + scores.stage(position)) * tile.tile_n
             o = products.columns + tile.output_column + i * tile.head_dim_v
             for piece in cutlass.range(tile.v_pieces, unroll=1):
-                rings.kv.wait_full(v_position.advanced(piece))
+                shared.kv_ring.wait_full(v_position.advanced(piece))
                 tensor_memory.fence_after_wait()
                 a = p + piece * (tile.v_rows // 2)
-                b = products.v.at(rings.kv.stage(v_position.advanced(piece)))
+                b = products.v.at(shared.kv_ring.stage(v_position.advanced(piece)))
                 accumulate = key_tile < kv.end - 1 or piece > 0
                 umma.issue(self.o_product, o, a, _p_step, b, products.v.step, products.v.steps, accumulate)
             if const_expr(self.alternates):
                 if key_tile == kv.first:
-                    umma.commit(rings.products(i).full_barrier(position))
+                    umma.commit(shared.product_ring(i).full_barrier(position))
             else:
-                umma.commit(rings.products(i).full_barrier(position))
+                umma.commit(shared.product_ring(i).full_barrier(position))
             position = position.next()
         return _replaced(p_positions, i, position)
 
@@ -549,8 +548,7 @@ class ForwardSm100:
     @cute.jit
     def softmax(
         self,
-        staging: Staging,
-        rings: Rings,
+        shared: Shared,
         columns: cute.Pointer,
         window: Window,
         tensors: ForwardTensors,
@@ -560,51 +558,36 @@ class ForwardSm100:
         spec, tile = self.spec, self.spec.tile
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         index = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // WARPS
-        scale = scalars.softcap if const_expr(spec.softcap) else scalars.softmax_scale
+        scale, cap = scalars.softmax_scale, None
+        if const_expr(spec.softcap):
+            scale, cap = scalars.softcap, scalars.softmax_scale / scalars.softcap
         row = RowOfScores(
             index,
-            thread,
             Row.of_thread(columns, thread),
             RowSoftmax.create(scale * LOG2_E, tile.polynomial_pairs),
             cute.make_rmem_tensor(tile.tile_n, Float32),
+            cap,
         )
+        row_in_tile, normalising = index * tile.query_rows + thread, shared.normalising
         tile_position = position = done = MbarrierRing.start()
-        work, seqlens = rings.tiles.receive(tile_position)
+        work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             kv = self._range(index, work, seqlens, window)
             if kv.num_tiles() > 0:
                 row.softmax.reset()
-                place = RowPlace.of(spec, work, seqlens, index * tile.query_rows + thread)
-                position = self._softmax_of_tile(row, staging, rings, window, scalars, work, seqlens, kv, position)
+                place = RowPlace.of(spec, work, seqlens, row_in_tile)
+                limits = RowLimits.of_row(seqlens, window, token_of_row(spec, work, row_in_tile), Int32(0))
+                for step in cutlass.range(kv.num_tiles(), unroll=1):
+                    self._softmax_step(row, shared, kv, limits, step, position)
+                    position = position.next()
                 factor, lse = self._totals(row.softmax, work, place, tensors)
-                rings.normalising(index).wait_empty(done)
-                staging.normalising[thread, index] = factor
-                rings.normalising(index).fill(done)
+                shared.factor_ring(index).wait_empty(done)
+                normalising[thread, index] = factor
+                shared.factor_ring(index).fill(done)
                 done = done.next()
-                self._store_lse(work, place, index * tile.query_rows + thread, lse, tensors)
+                self._store_lse(work, place, row_in_tile, lse, tensors)
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
-
-    @cute.jit
-    def _softmax_of_tile(
-        self,
-        row,
-        staging: Staging,
-        rings: Rings,
-        window: Window,
-        scalars: ForwardScalars,
-        work: WorkTile,
-        seqlens: Seqlens,
-        kv: KvRange,
-        position: RingPosition,
-    ):
-        """Every KV tile of a query tile, from the last to the first."""
-        token = token_of_row(self.spec, work, row.index * self.spec.tile.query_rows + row.thread)
-        limits = RowLimits.of_row(seqlens, window, token, Int32(0))
-        for i in cutlass.range(kv.num_tiles(), unroll=1):
-            self._softmax_step(row, staging, rings, scalars, kv, limits, i, position)
-            position = position.next()
-        return position
+            work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
     def _totals(self, softmax: RowSoftmax, work: WorkTile, place: RowPlace, tensors: ForwardTensors):
@@ -632,10 +615,8 @@ class ForwardSm100:
     @cute.jit
     def _softmax_step(
         self,
-        row,
-        staging: Staging,
-        rings: Rings,
-        scalars: ForwardScalars,
+        row: RowOfScores,
+        shared: Shared,
         kv: KvRange,
         limits: RowLimits,
         step: Int32,
@@ -644,26 +625,25 @@ class ForwardSm100:
         """Scores in tensor memory to probabilities in their place."""
         spec, tile = self.spec, self.spec.tile
         key_tile = kv.end - 1 - step
-        scores = rings.scores(row.index)
+        scores, rescaling = shared.score_ring(row.index), shared.rescaling
         buffer = row.index + scores.stage(position)
         column = buffer * tile.tile_n
         s = row.scores
         scores.wait_full(position)
         tensor_memory.fence_after_wait()
         row.memory.load(column, s)
-        if const_expr(spec.softcap):
-            cap = scalars.softmax_scale / scalars.softcap
+        if const_expr(row.cap is not None):
             for i in cutlass.range_constexpr(tile.tile_n):
-                s[i] = tanh(s[i] * cap)
+                s[i] = tanh(s[i] * row.cap)
         # One copy of all the rest for masked tiles and others: they cannot differ in their arithmetic.
         if key_tile >= kv.full_end or key_tile < kv.full_first:
             mask_row(s, limits, key_tile, tile.tile_n)
         factor, offset = row.softmax.raise_max(s)
         if step > 0:
-            staging.rescaling[row.thread, buffer] = factor
+            rescaling[row.memory.thread, buffer] = factor
             # These scores came after the last output product: who hears of them may read the output.
             tensor_memory.fence_before_arrival()
-            cute.arch.barrier_arrive(barrier_id=_factors_barrier(buffer, row.thread), number_of_threads=2 * WARP)
+            cute.arch.barrier_arrive(barrier_id=_factors_barrier(buffer, row.memory.thread), number_of_threads=2 * WARP)
         sums = ()
         for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.STEP):
             block = cute.make_tensor(s.iterator + first, cute.make_layout(tensor_memory.STEP))
@@ -679,8 +659,7 @@ class ForwardSm100:
     @cute.jit
     def correct(
         self,
-        staging: Staging,
-        rings: Rings,
+        shared: Shared,
         columns: cute.Pointer,
         window: Window,
         tensors: ForwardTensors,
@@ -694,30 +673,29 @@ class ForwardSm100:
         memory = Row.of_thread(columns, thread)
         tile_position = MbarrierRing.start()
         positions = done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
-        work, seqlens = rings.tiles.receive(tile_position)
+        work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             for step in cutlass.range(ranges.end - ranges.first, unroll=1):
                 key_tile = ranges.end - 1 - step
                 for i in cutlass.range_constexpr(self.query_tiles):
-                    positions = self._rescale(staging, rings, memory, ranges.of[i], i, key_tile, positions)
+                    positions = self._rescale(shared, memory, ranges.of[i], i, key_tile, positions)
             for i in cutlass.range_constexpr(self.query_tiles):
                 place = RowPlace.of(spec, work, seqlens, i * tile.query_rows + thread)
                 if ranges.of[i].num_tiles() > 0:
-                    self._finish(staging, rings, memory, i, work, place, positions[i], done[i], tensors)
+                    self._finish(shared, memory, i, work, place, positions[i], done[i], tensors)
                 elif work.num_splits == 1:
                     clear_row(place, tensors)
                 else:
                     self._store_lse(work, place, i * tile.query_rows + thread, -Float32.inf, tensors)
             done = _advance_where(done, ranges)
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+            work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
     def _rescale(
         self,
-        staging: Staging,
-        rings: Rings,
+        shared: Shared,
         memory: Row,
         kv: KvRange,
         i: cutlass.Constexpr,
@@ -726,22 +704,20 @@ class ForwardSm100:
     ):
         tile = self.spec.tile
         position = positions[i]
-        scores = rings.scores(i)
+        scores = shared.score_ring(i)
         if key_tile >= kv.first and key_tile < kv.end:
             if key_tile < kv.end - 1:
                 buffer = i + scores.stage(position)
                 cute.arch.barrier(barrier_id=_factors_barrier(buffer, memory.thread), number_of_threads=2 * WARP)
-                factor = staging.rescaling[memory.thread, buffer]
+                factor = shared.rescaling[memory.thread, buffer]
                 if const_expr(not self.alternates):
                     # With two score buffers the scores may be ahead of the output. Waited for every time, because a
                     # barrier's parity only tells its last phase from the one before.
-                    rings.products(i).wait_full(RingPosition(position.count - 1))
+                    shared.product_ring(i).wait_full(RingPosition(position.count - 1))
                 if cute.arch.vote_any_sync(factor != 1.0):
                     tensor_memory.fence_after_wait()
                     start = tile.output_column + i * tile.head_dim_v
-                    for column in cutlass.range(0, tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-                        memory.store(start + column, _load_scaled(memory, start + column, factor))
-                    tensor_memory.wait_stored()
+                    accumulator_rows.rescale(memory, start, tile.head_dim_v, factor)
             tensor_memory.fence_before_arrival()
             scores.release(position)
             position = position.next()
@@ -750,8 +726,7 @@ class ForwardSm100:
     @cute.jit
     def _finish(
         self,
-        staging: Staging,
-        rings: Rings,
+        shared: Shared,
         memory: Row,
         i: cutlass.Constexpr,
         work: WorkTile,
@@ -762,94 +737,69 @@ class ForwardSm100:
     ):
         """Normalises the output of a query tile into its stage, or that of a split into the workspace."""
         tile = self.spec.tile
-        normalising, output = rings.normalising(i), rings.output(i)
+        normalising, output = shared.factor_ring(i), shared.output_ring(i)
         normalising.wait_full(done)
-        factor = staging.normalising[memory.thread, i]
+        factor = shared.normalising[memory.thread, i]
         normalising.release(done)
-        rings.products(i).wait_full(done if const_expr(self.alternates) else RingPosition(position.count - 1))
+        shared.product_ring(i).wait_full(done if const_expr(self.alternates) else RingPosition(position.count - 1))
         tensor_memory.fence_after_wait()
         output.wait_empty(done)
         start = tile.output_column + i * tile.head_dim_v
         if const_expr(self.spec.splits):
             if work.num_splits == 1:
-                self._stage_row(staging.out[memory.thread, None, i], memory, start, factor)
+                accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor)
             else:
                 row = tensors.partial[work.slot, i * tile.query_rows + memory.thread, None]
-                self._write_partial_row(row, place.is_row and place.is_query, memory, start, factor)
+                is_read = place.is_row and place.is_query
+                accumulator_rows.write_partial(memory, start, tile.head_dim_v, row, is_read, factor)
         else:
-            self._stage_row(staging.out[memory.thread, None, i], memory, start, factor)
+            accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor)
         output.fill(done)
-
-    @cute.jit
-    def _stage_row(self, staged: cute.Tensor, memory: Row, start, factor: Float32):
-        """Rounds one row of an output into shared memory, from which TMA stores it."""
-        spec = self.spec
-        chunks = cute.logical_divide(staged, cute.make_layout(8))
-        for column in cutlass.range(0, spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-            words = packed.rounded(_load_scaled(memory, start + column, factor), spec.dtype)
-            _select_zeros(words, factor)
-            rounded = cute.recast_tensor(words, spec.dtype)
-            for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 8):
-                chunk = cute.make_tensor(rounded.iterator + 8 * j, cute.make_layout(8))
-                cute.autovec_copy(chunk, chunks[None, column // 8 + j])
-        cute.arch.fence_view_async_shared()
-
-    @cute.jit
-    def _write_partial_row(self, row: cute.Tensor, is_read: Boolean, memory: Row, start, factor: Float32):
-        """Writes one row of a split's output in float32, where the combine kernel looks for it if it `is_read`."""
-        chunks = cute.logical_divide(row, cute.make_layout(4))
-        for column in cutlass.range(0, self.spec.tile.head_dim_v, OUTPUT_COLUMNS, unroll=1):
-            o = _load_scaled(memory, start + column, factor)
-            _select_zeros(o, factor)
-            for j in cutlass.range_constexpr(OUTPUT_COLUMNS // 4):
-                chunk = cute.make_tensor(o.iterator + 4 * j, cute.make_layout(4))
-                if is_read and column + 4 * j < cute.size(row):
-                    cute.autovec_copy(chunk, chunks[None, column // 4 + j])
 
     # Storing -----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def store(self, out: Operand, staging: Staging, rings: Rings, window: Window, tensors: ForwardTensors):
+    def store(self, out: Operand, shared: Shared, window: Window, tensors: ForwardTensors):
         """The storing warp: staged outputs to global memory."""
         spec = self.spec
         tile_position = MbarrierRing.start()
         done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
-        work, seqlens = rings.tiles.receive(tile_position)
+        work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             for i in cutlass.range_constexpr(self.query_tiles):
                 if ranges.of[i].num_tiles() > 0:
-                    rings.output(i).wait_full(done[i])
+                    shared.output_ring(i).wait_full(done[i])
                     if work.num_splits == 1:  # others have nothing staged
-                        self._store_staged(out, staging, work, seqlens, i, tensors)
-                    rings.output(i).release(done[i])
+                        self._store_staged(out, shared, work, seqlens, i, tensors)
+                    shared.output_ring(i).release(done[i])
                     if const_expr(spec.tile.output_over_queries):
-                        rings.q(i).release(done[i])
+                        shared.q_ring(i).release(done[i])
             done = _advance_where(done, ranges)
             tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+            work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
     def _store_staged(
         self,
         out: Operand,
-        staging: Staging,
+        shared: Shared,
         work: WorkTile,
         seqlens: Seqlens,
         i: cutlass.Constexpr,
         tensors: ForwardTensors,
     ):
         if const_expr(self.stores_boxes):
-            self._store_boxes(out, staging, work, seqlens, i, tensors)
+            self._store_boxes(out, shared, work, seqlens, i, tensors)
         else:
             first_row = i * self.spec.tile.query_rows
-            copy_rows(self.spec, work, seqlens, first_row, staging.out[None, None, i], tensors)
+            copy_rows(self.spec, work, seqlens, first_row, shared.out[None, None, i], tensors)
 
     @cute.jit
     def _store_boxes(
         self,
         out: Operand,
-        staging: Staging,
+        shared: Shared,
         work: WorkTile,
         seqlens: Seqlens,
         i: cutlass.Constexpr,
@@ -862,7 +812,7 @@ class ForwardSm100:
             out.source, seqlens, work.batch, head, self._first_token(work, i), ragged=tensors.packed_q
         )
         tiles = cute.local_tile(rows, self.out_box, (None, None))
-        boxes = cute.flat_divide(staging.out, (tile.query_rows, self.out_box[1]))
+        boxes = cute.flat_divide(shared.out, (tile.query_rows, self.out_box[1]))
         source, target = cpasync.tma_partition(
             out.atom, 0, cute.make_layout(1), cute.group_modes(boxes, 0, 2), cute.group_modes(tiles, 0, 2)
         )
@@ -870,17 +820,6 @@ class ForwardSm100:
             cute.copy(out.atom, source[None, 0, column, i], target[None, 0, column])
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-
-@dataclass(frozen=True)
-class RowOfScores:
-    """What one thread of a softmax warpgroup holds for a whole launch."""
-
-    index: Int32  # of its query tile
-    thread: Int32  # in its warpgroup: the row
-    memory: Row
-    softmax: RowSoftmax
-    scores: cute.Tensor  # registers
 
 
 def _swizzled_columns(columns: int) -> int:
@@ -891,22 +830,6 @@ def _swizzled_columns(columns: int) -> int:
 def _factors_barrier(buffer: Int32, thread: Int32) -> Int32:
     """The named barrier of one softmax warp and the correction warp of the same rows. 0 is __syncthreads."""
     return 1 + WARPS * buffer + cute.arch.make_warp_uniform(thread // WARP)
-
-
-def _load_scaled(memory: Row, column, factor: Float32) -> cute.Tensor:
-    """OUTPUT_COLUMNS columns of a row of the output, multiplied."""
-    o = cute.make_rmem_tensor(OUTPUT_COLUMNS, Float32)
-    memory.load(column, o)
-    for i in range(OUTPUT_COLUMNS // 2):
-        o[2 * i], o[2 * i + 1] = packed.mul((o[2 * i], o[2 * i + 1]), packed.both(factor))
-    return o
-
-
-@cute.jit
-def _select_zeros(registers: cute.Tensor, factor: Float32):
-    """A factor of 0 says zeros: what the row of a padding query accumulated may be NaN."""
-    for i in cutlass.range_constexpr(cute.size(registers)):
-        registers[i] = registers.element_type(0) if factor == 0.0 else registers[i]
 
 
 def _p_step(index: int) -> int:

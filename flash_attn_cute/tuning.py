@@ -123,25 +123,47 @@ class Sm100Tile(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        """(softmax, correction, other) registers a thread after reallocation, of 64 K in all."""
+        """(softmax, correction, other) registers a thread after reallocation, of 64 K in all: a softmax thread holds a
+        row of 128 scores."""
         return {2: (200, 72, 40), 1: (232, 168, 104)}[self.query_tiles]
 
 
-# Barriers, row factors, row totals and the tile mailbox.
+# Barriers, factors of rows and the tile mailbox.
 SM100_SMALL_BYTES = 5 * 1024 // 2
 
+
+def _two_query_tiles(
+    head_dim: int, head_dim_v: int, k_columns: int, v_rows: int, kv_stages: int, polynomial_pairs: int
+) -> Sm100Tile:
+    return Sm100Tile(2, 128, k_columns, v_rows, kv_stages, polynomial_pairs, head_dim, head_dim_v)
+
+
+def _one_query_tile(head_dim: int, kv_stages: int) -> Sm100Tile:
+    # Pieces of 16 KiB. No polynomials: the products of a step take 1536 cycles or more, its exponentials 1024.
+    return Sm100Tile(1, 128, 64, 32, kv_stages, 0, head_dim, head_dim)
+
+
+# Polynomials, of 16 pairs of columns. A 128x128 tile has 16384 exponentials: 1024 cycles of the special function units
+# at 16 a cycle, less 64 for each pair of the 16 that goes through the FMA pipe instead, which costs 36 issue slots of
+# each scheduler. 4 leave 776 cycles of special functions beside about 750 issue slots (counted, csrc_notes): either
+# more or fewer would make one of the two the longer. They are also what lets one softmax end within the products of the
+# other query tile (1024 cycles at d128), with which it alternates; (192, 128) has 1280 cycles for that, and needs 2.
 SM100_TILES = {
-    (64, 64): Sm100Tile(2, 128, 64, 128, 6, 4, 64, 64),
-    (96, 96): Sm100Tile(2, 128, 96, 128, 5, 4, 96, 96),
-    # Three stages: the keys and values in use, and one on its way.
-    (128, 128): Sm100Tile(2, 128, 128, 128, 3, 4, 128, 128),
-    # Pieces of 16 KiB: whole tiles of keys and values would leave no room for a third.
-    (192, 128): Sm100Tile(2, 128, 64, 64, 8, 4, 192, 128),
-    (192, 192): Sm100Tile(1, 128, 64, 32, 11, 0, 192, 192),
-    (256, 256): Sm100Tile(1, 128, 64, 32, 10, 0, 256, 256),
+    (64, 64): _two_query_tiles(64, 64, k_columns=64, v_rows=128, kv_stages=6, polynomial_pairs=4),
+    (96, 96): _two_query_tiles(96, 96, k_columns=96, v_rows=128, kv_stages=5, polynomial_pairs=4),
+    # Three stages: the values and keys in use, and what comes next.
+    (128, 128): _two_query_tiles(128, 128, k_columns=128, v_rows=128, kv_stages=3, polynomial_pairs=4),
+    # Pieces of 16 KiB, of which 5 are in use and 3 on their way: whole tiles would leave no room for a third.
+    (192, 128): _two_query_tiles(192, 128, k_columns=64, v_rows=64, kv_stages=8, polynomial_pairs=2),
+    # Two outputs of these do not fit into tensor memory.
+    (192, 192): _one_query_tile(192, kv_stages=11),
+    (256, 256): _one_query_tile(256, kv_stages=10),
 }
 
-_TILES = {"sm_90a": SM90_TILES, "sm_100a": SM100_TILES, "sm_103a": SM100_TILES}
+# Blackwell Ultra has twice the exponentials a cycle: no polynomial pays.
+SM103_TILES = {dims: tile._replace(polynomial_pairs=0) for dims, tile in SM100_TILES.items()}
+
+_TILES = {"sm_90a": SM90_TILES, "sm_100a": SM100_TILES, "sm_103a": SM103_TILES}
 
 
 def forward_tile(architecture: str, head_dim: int, head_dim_v: int) -> Sm90Tile | Sm100Tile | None:
