@@ -11,7 +11,16 @@ import os
 import pytest
 import torch
 
-from tests.attention_cases import assert_close_to_reference, attention, build_tensors, problem_of
+from tests.attention_cases import (
+    AttentionTensors,
+    GuardedOutput,
+    assert_close_to_reference,
+    attention,
+    build_tensors,
+    cu_seqlens,
+    problem_of,
+    sequence_alone,
+)
 
 CUDA = "cuda"
 # Two query tiles, one row, keys without queries, queries without keys, a tail behind a whole KV tile.
@@ -19,12 +28,17 @@ SEEDS = int(os.environ.get("FLASH_ATTN_CUTE_TEST_SEEDS", "1"))
 LENGTHS_Q, LENGTHS_K = [150, 1, 0, 3], [150, 190, 7, 0]
 CASES = {
     "d64-causal": ({"head_dim": 64}, {"causal": True}),
+    # Scores so large that the running maximum moves often, and outputs are rescaled.
+    "d64-causal-large-scores": ({"head_dim": 64}, {"causal": True, "softmax_scale": 1.5}),
     "d128-full": ({"head_dim": 128}, {}),
     "d128-causal-packed-heads": ({"head_dim": 128, "heads": 8}, {"causal": True, "pack_gqa": True}),
     "d128-window": ({"head_dim": 128}, {"window_size": (60, 20)}),
     "d40-causal-fp16": ({"head_dim": 40, "dtype": torch.float16}, {"causal": True}),
     "d192-128-causal": ({"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
     "d256-full": ({"head_dim": 256}, {}),
+    "d256-full-large-scores": ({"head_dim": 256}, {"softmax_scale": 0.7}),
+    # Heads that do not fill their share of a query tile.
+    "d64-causal-packed-7-heads": ({"head_dim": 64, "heads": 7, "kv_heads": 1}, {"causal": True, "pack_gqa": True}),
     "d64-batched-seqused-sink-softcap": (
         {"head_dim": 64, "layout_q": "batched", "layout_k": "batched", "slack_k": 3, "sink_dtype": torch.float32},
         {"softcap": 20.0, "causal": True},
@@ -69,3 +83,45 @@ def test_packing_heads_and_schedulers_change_no_bit(emulation):
     for options in ({"pack_gqa": True}, {"pack_gqa": False, "scheduler": "static"}, {"scheduler": "single_tile"}):
         got = attention(tensors, window_size=(40, 10), **options)
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True)), options
+
+
+@pytest.mark.parametrize("pack_gqa", [False, True])
+def test_nothing_outside_a_given_output_is_written(emulation, pack_gqa):
+    tensors = build_tensors([150, 1, 0, 3], [150, 190, 7, 0], head_dim=64, device=CUDA)
+    options = {"causal": True, "pack_gqa": pack_gqa}
+    guarded = GuardedOutput(problem_of(tensors, **options), CUDA, around_heads=True)
+    out, lse = attention(tensors._replace(out=guarded.out), **options)
+    assert_close_to_reference(out, lse, tensors, problem_of(tensors, **options))
+    guarded.check()
+
+
+def large_scores(lengths_q, lengths_k, **options):
+    """Maxima that move from tile to tile, so that what is done about it shows."""
+    tensors = build_tensors(lengths_q, lengths_k, device=CUDA, **options)
+    return tensors._replace(q=tensors.q * 8)
+
+
+def assert_same(got, expected):
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)], ids=str)
+def test_prefill_equals_decode(emulation, dims):
+    """Rows of a causal prefill are those of sequences of one query over the keys up to it, bit for bit."""
+    rows = [0, 1, 127, 128, 200, 299]
+    tensors = large_scores([300], [300], head_dim=dims[0], head_dim_v=dims[1])
+    out, lse = attention(tensors, causal=True, pack_gqa=False)
+    decode = AttentionTensors(
+        tensors.q[rows],
+        *(torch.cat([tensor[: row + 1] for row in rows]) for tensor in (tensors.k, tensors.v)),
+        cu_seqlens([1] * len(rows), CUDA),
+        cu_seqlens([row + 1 for row in rows], CUDA),
+    )
+    assert_same(attention(decode, causal=True, pack_gqa=False), (out[rows], lse[:, rows]))
+
+
+def test_a_sequence_does_not_see_its_batch(emulation):
+    tensors = large_scores([150, 1, 70, 3], [150, 300, 40, 3], head_dim=64)
+    out, lse = attention(tensors, causal=True, pack_gqa=False)
+    alone = [attention(sequence_alone(tensors, index), causal=True, pack_gqa=False) for index in range(4)]
+    assert_same((torch.cat([one for one, _ in alone]), torch.cat([one for _, one in alone], dim=1)), (out, lse))
