@@ -202,6 +202,7 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tupl
     return flash_attn_varlen_func(q, k, v, **options)
 
 
+_OPTIONAL_TENSORS = tuple(f for f in AttentionTensors._fields[3:] if f not in ("leftpad_k", "cache_batch_idx"))
 _RAGGED_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
@@ -215,7 +216,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
     if len(args) > len(positional) or options.keys() & set(positional):
         raise TypeError("supports: got an argument twice or too many positional ones; takes those of the call itself")
     named = dict(zip(positional, args, strict=True)) | options
-    tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in AttentionTensors._fields[3:]})
+    tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in _OPTIONAL_TENSORS})
     metadata = named.pop("scheduler_metadata", None)
     problem = Problem.from_arguments(tensors, **named)
     check_scheduler_metadata(problem, metadata)

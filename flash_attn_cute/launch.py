@@ -48,6 +48,10 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
     if problem.is_paged:
         return "page_table"
+    if problem.has_leftpad_k:
+        return "leftpad_k"
+    if problem.has_cache_batch_idx:
+        return "cache_batch_idx"
     if problem.key_mask_heads is not None:
         return "key_mask"
     if problem.key_bias_heads is not None:
@@ -371,7 +375,7 @@ class PreparedLaunch(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Launches on the current stream; returns (out, lse). metadata: the same as when it was prepared, or one of the
         same parameters."""
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _, sink, _, _, given = tensors
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _, sink, _, _, given, _, _ = tensors
         device = q.device
         out = torch.empty(self.out_shape, dtype=self.dtype, device=device) if given is None else given
         lse = None

@@ -33,6 +33,11 @@ class AttentionTensors(NamedTuple):
     q is (total_q, H, D) or (B, Sq, H, D). k and v are (total_k, Hk, D or Dv), (B, Sk, Hk, D or Dv), or, with a page
     table, (pages, page_size, Hk, D or Dv). key_mask and key_bias are laid out as k is, with (.., H*) in place of
     (.., Hk, D).
+
+    The last two belong to a key cache and are no arguments of `flash_attn_varlen_func`. leftpad_k, (B,) int32, with
+    batched or paged keys: those of sequence b are positions [leftpad_k[b], seqused_k[b]) of its cache, so that it has
+    seqused_k[b] - leftpad_k[b] of them, and masks and tiles count from the first. cache_batch_idx, (B,) int32, with
+    batched keys (B_cache, Sk, Hk, D or Dv): sequence b reads row cache_batch_idx[b].
     """
 
     q: Tensor
@@ -47,6 +52,8 @@ class AttentionTensors(NamedTuple):
     key_mask: Tensor | None = None
     key_bias: Tensor | None = None
     out: Tensor | None = None
+    leftpad_k: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,15 @@ class Problem:
     q_packed: bool
     k_packed: bool
     total_q: int  # rows of q: packed rows, or B * Sq
-    total_k: int  # rows of k: packed rows, B * Sk, or pages * page_size
+    total_k: int  # rows of k: packed rows, B * Sk (B_cache * Sk), or pages * page_size
     seqlen_q: int | None  # batched: Sq; packed: max_seqlen_q
     seqlen_k: int | None  # batched: Sk; paged: max_pages * page_size; packed: max_seqlen_k
     max_seqlen_q: int | None  # as given
     max_seqlen_k: int | None  # as given
     has_seqused_q: bool
     has_seqused_k: bool
+    has_leftpad_k: bool
+    has_cache_batch_idx: bool
     page_size: int | None
     max_pages: int | None  # columns of the page table
     softmax_scale: float
@@ -117,7 +126,8 @@ class Problem:
 
         Raises TypeError for a value of the wrong type and ValueError for anything else that is wrong.
         """
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, sink, key_mask, key_bias, out = tensors
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, *others = tensors
+        sink, key_mask, key_bias, out, leftpad_k, cache_batch_idx = others
         _check_are_tensors(tensors)
         dtype, device = q.dtype, q.device
         on_cpu = device.type == "cpu"
@@ -131,8 +141,19 @@ class Problem:
 
         batch_size, total_q, seqlen_q = _query_extent(q_shape, cu_seqlens_q, seqused_q, device)
         total_k, seqlen_k, page_size, max_pages = _key_extent(
-            k_shape, cu_seqlens_k, seqused_k, page_table, batch_size, device
+            k_shape, cu_seqlens_k, seqused_k, page_table, batch_size, cache_batch_idx is not None, device
         )
+        if leftpad_k is not None:
+            if k_packed:
+                _fail("leftpad_k", "a tensor together with cu_seqlens_k", "batched or paged keys")
+            _check_index_tensor("leftpad_k", leftpad_k, 1, device)
+            _check_batch("leftpad_k", leftpad_k.shape[0], batch_size)
+        if cache_batch_idx is not None:
+            if k_packed or page_table is not None:
+                beside = "cu_seqlens_k" if k_packed else "page_table"
+                _fail("cache_batch_idx", f"a tensor together with {beside}", "batched keys, (B_cache, Sk, Hk, D)")
+            _check_index_tensor("cache_batch_idx", cache_batch_idx, 1, device)
+            _check_batch("cache_batch_idx", cache_batch_idx.shape[0], batch_size)
         if total_q * num_heads > INT32_MAX:  # (row, head) indexes the LSE as int32
             _fail("q", f"{total_q} rows x {num_heads} heads = {total_q * num_heads}", f"at most {INT32_MAX}")
 
@@ -197,6 +218,8 @@ class Problem:
             max_seqlen_k=max_seqlen_k,
             has_seqused_q=seqused_q is not None,
             has_seqused_k=seqused_k is not None,
+            has_leftpad_k=leftpad_k is not None,
+            has_cache_batch_idx=cache_batch_idx is not None,
             page_size=page_size,
             max_pages=max_pages,
             softmax_scale=softmax_scale,
@@ -372,9 +395,13 @@ def _key_extent(
     seqused_k: Tensor | None,
     page_table: Tensor | None,
     batch_size: int,
+    indirect: bool,
     device: torch.device,
 ) -> tuple[int, int | None, int | None, int | None]:
-    """(rows of k, Sk of batched or paged k, page size, columns of the page table)."""
+    """(rows of k, Sk of batched or paged k, page size, columns of the page table).
+
+    indirect: cache_batch_idx says which row of batched k is whose.
+    """
     seqlen_k = page_size = max_pages = None
     if cu_seqlens_k is not None:
         _check_index_tensor("cu_seqlens_k", cu_seqlens_k, 1, device)
@@ -393,9 +420,10 @@ def _key_extent(
         if seqlen_k > INT32_MAX:
             _fail("page_table", f"room for {seqlen_k} keys a sequence", f"at most {INT32_MAX}")
     else:
-        _check_batch("k", k_shape[0], batch_size)
+        if not indirect:
+            _check_batch("k", k_shape[0], batch_size)
         seqlen_k = k_shape[1]
-        total_k = batch_size * seqlen_k
+        total_k = k_shape[0] * seqlen_k
     if total_k > INT32_MAX:
         _fail("k", f"{total_k} rows", f"at most {INT32_MAX}")
     if seqused_k is not None:

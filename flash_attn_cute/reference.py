@@ -5,12 +5,14 @@ matrix of a sequence at once.
 
 What it settles beyond the table of the public function:
 
-- The bottom-right alignment of `causal` and of windows uses the lengths in use, `seqused_*` where given.
+- The bottom-right alignment of `causal` and of windows uses the lengths in use, `seqused_*` where given, less what
+  `leftpad_k` leaves out in front.
 - A row that sees no key gives out = 0. Its lse is -inf, or, with a sink, the sink itself: the sink is a logit of the
   softmax like any other, and the row does see it.
 - Rows that belong to no sequence (past `seqused_q`, or outside `cu_seqlens_q`) give out = 0 and lse = -inf.
-- Keys past the length in use, and page-table entries past the last page in use, are never touched. A key inside a
-  sequence that is masked has weight 0, and 0 times a NaN value is NaN, as in any implementation.
+- Keys past the length in use or before `leftpad_k`, and page-table entries of pages that hold none in use, are never
+  touched. A key inside a sequence that is masked has weight 0, and 0 times a NaN value is NaN, as in any
+  implementation.
 """
 
 from __future__ import annotations
@@ -113,8 +115,8 @@ def _attention(
     """Both products take and give `product_dtype`; what lies between them is computed in `softmax_dtype`."""
     q = _rows(tensors.q, not problem.q_packed)
     k, v = _rows(tensors.k, not problem.k_packed), _rows(tensors.v, not problem.k_packed)
-    key_mask = _key_side_rows(tensors.key_mask, problem)
-    key_bias = _key_side_rows(tensors.key_bias, problem)
+    key_mask = _key_side_rows(tensors.key_mask, tensors.k, problem)
+    key_bias = _key_side_rows(tensors.key_bias, tensors.k, problem)
 
     outs, lses = [], []
     filled = 0
@@ -227,24 +229,27 @@ def _rows(tensor: Tensor, has_batch: bool) -> Tensor:
     return tensor.flatten(0, 1) if has_batch else tensor
 
 
-def _key_side_rows(tensor: Tensor | None, problem: Problem) -> Tensor | None:
+def _key_side_rows(tensor: Tensor | None, k: Tensor, problem: Problem) -> Tensor | None:
     if tensor is None or problem.k_packed:
         return tensor
     if not problem.is_paged:  # one for every sequence, or one a sequence
-        tensor = tensor.expand(problem.batch_size, -1, -1)
+        tensor = tensor.expand(k.shape[0], -1, -1)
     return tensor.flatten(0, 1)
 
 
 def _sequences(tensors: AttentionTensors, problem: Problem) -> list[_Sequence]:
     q_starts, q_lengths = _extents("q", tensors.cu_seqlens_q, tensors.seqused_q, problem.seqlen_q, problem)
-    k_starts, k_lengths = _extents("k", tensors.cu_seqlens_k, tensors.seqused_k, problem.seqlen_k, problem)
+    k_starts, k_ends = _extents("k", tensors.cu_seqlens_k, tensors.seqused_k, problem.seqlen_k, problem)
+    if problem.has_cache_batch_idx:
+        k_starts = [row * problem.seqlen_k for row in _cache_rows(tensors, k_ends)]
+    leftpads = _leftpads(tensors, k_ends)
     sequences = []
     for index in range(problem.batch_size):
-        k_length = k_lengths[index]
+        leftpad, k_end = leftpads[index], k_ends[index]
         if problem.is_paged:
-            k_rows = _page_slots(tensors.page_table[index], k_length, problem.page_size)
+            k_rows = page_slots(tensors.page_table[index], leftpad, k_end, problem.page_size)
         else:
-            k_rows = slice(k_starts[index], k_starts[index] + k_length)
+            k_rows = slice(k_starts[index] + leftpad, k_starts[index] + k_end)
         sequences.append(_Sequence(q_starts[index], q_lengths[index], k_rows))
     return sequences
 
@@ -270,11 +275,27 @@ def _extents(
     return starts, lengths
 
 
-def _page_slots(pages: Tensor, length: int, page_size: int) -> Tensor:
-    """Slot numbers (length,) of the first keys of a sequence; only entries of pages in use are looked at."""
-    used = pages[: -(-length // page_size)].long()
-    slots = used[:, None] * page_size + torch.arange(page_size, device=pages.device)
-    return slots.flatten()[:length]
+def _leftpads(tensors: AttentionTensors, k_ends: list[int]) -> list[int]:
+    if tensors.leftpad_k is None:
+        return [0] * len(k_ends)
+    leftpads = tensors.leftpad_k.tolist()
+    if any(not 0 <= leftpad <= end for leftpad, end in zip(leftpads, k_ends, strict=True)):
+        raise ValueError(f"leftpad_k: got {leftpads}; takes values from 0 to {k_ends}")
+    return leftpads
+
+
+def _cache_rows(tensors: AttentionTensors, k_ends: list[int]) -> list[int]:
+    """Where a sequence has no key its row is not looked at."""
+    rows, count = tensors.cache_batch_idx.tolist(), tensors.k.shape[0]
+    if any(end > 0 and not 0 <= row < count for row, end in zip(rows, k_ends, strict=True)):
+        raise ValueError(f"cache_batch_idx: got {rows}; takes rows of k, from 0 to {count - 1}")
+    return rows
+
+
+def page_slots(pages: Tensor, start: int, stop: int, page_size: int) -> Tensor:
+    """Slot numbers (stop - start,) of positions of a sequence; only entries of pages that hold them are looked at."""
+    positions = torch.arange(start, stop, device=pages.device)
+    return pages[positions // page_size].long() * page_size + positions % page_size
 
 
 def _append_padding(

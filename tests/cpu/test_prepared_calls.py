@@ -37,6 +37,8 @@ def test_contents_and_addresses_are_not_in_it():
         tensors(seqused_k=torch.zeros(1, dtype=torch.int32)),
         tensors(seqused_q=torch.zeros(1, dtype=torch.int32)),
         tensors(learnable_sink=torch.zeros(4)),
+        tensors(leftpad_k=torch.zeros(1, dtype=torch.int32)),
+        tensors(cache_batch_idx=torch.zeros(1, dtype=torch.int32)),
         tensors(out=torch.zeros(24, 4, 64, dtype=torch.bfloat16)),
     ],
 )

@@ -338,6 +338,30 @@ REFUSED = [
         "window_size[0]: got 2147483648; takes an int from -2147483648 to 2147483647",
         options={"window_size": (2**31, 0)},
     ),
+    # What belongs to a key cache
+    refused(
+        packed, "leftpad_k: got a tensor together with cu_seqlens_k; takes batched or paged keys", leftpad_k=ints(2)
+    ),
+    refused(batched, "leftpad_k: got batch size 3; takes the batch size of q, 2", leftpad_k=ints(3)),
+    refused(batched, "leftpad_k: got dtype torch.int64; takes torch.int32", leftpad_k=ints(2).long()),
+    refused(
+        packed,
+        "cache_batch_idx: got a tensor together with cu_seqlens_k; takes batched keys, (B_cache, Sk, Hk, D)",
+        cache_batch_idx=ints(2),
+    ),
+    refused(
+        paged,
+        "cache_batch_idx: got a tensor together with page_table; takes batched keys, (B_cache, Sk, Hk, D)",
+        cache_batch_idx=ints(2),
+    ),
+    refused(batched, "cache_batch_idx: got 2 dimensions; takes 1", cache_batch_idx=ints(2, 1)),
+    refused(batched, "cache_batch_idx: got batch size 1; takes the batch size of q, 2", cache_batch_idx=ints(1)),
+    refused(
+        batched,
+        "k: got batch size 3; takes the batch size of q, 2",
+        k=torch.zeros(3, 6, 2, 16, dtype=BF16),
+        v=torch.zeros(3, 6, 2, 24, dtype=BF16),
+    ),
     # Choices
     refused(packed, "causal: got 1; takes True or False", TypeError, options={"causal": 1}),
     refused(packed, "causal: got None; takes True or False", TypeError, options={"causal": None}),
@@ -385,6 +409,8 @@ def test_packed():
         "max_seqlen_k": 4,
         "has_seqused_q": False,
         "has_seqused_k": False,
+        "has_leftpad_k": False,
+        "has_cache_batch_idx": False,
         "page_size": None,
         "max_pages": None,
         "softmax_scale": 0.25,
@@ -425,6 +451,17 @@ def test_paged():
     assert problem.is_paged
     assert (problem.page_size, problem.max_pages, problem.total_k, problem.seqlen_k) == (8, 3, 72, 24)
     assert (problem.q_packed, problem.k_packed) == (True, False)
+
+
+def test_key_caches():
+    problem = Problem.from_arguments(batched(leftpad_k=ints(2), q=torch.zeros(2, 3, 4, 16, dtype=BF16)))
+    assert problem.has_leftpad_k and not problem.has_cache_batch_idx
+    assert Problem.from_arguments(paged(leftpad_k=ints(2))).has_leftpad_k
+    for rows in (1, 2, 5):
+        k, v = (torch.zeros(rows, 6, 2, d, dtype=BF16) for d in (16, 24))
+        problem = Problem.from_arguments(batched(k=k, v=v, cache_batch_idx=ints(2)))
+        assert problem.has_cache_batch_idx
+        assert (problem.batch_size, problem.seqlen_k, problem.total_k) == (2, 6, 6 * rows)
 
 
 def test_packed_without_maxima_is_bounded_by_the_rows():

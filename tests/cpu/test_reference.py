@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.reference import attention_plain, attention_reference
-from tests.attention_cases import GuardedOutput, assert_close_to_reference, build_tensors, problem_of, sequence_alone
+from tests.attention_cases import (
+    GuardedOutput,
+    assert_close_to_reference,
+    build_tensors,
+    cu_seqlens,
+    problem_of,
+    sequence_alone,
+)
 
 F64 = torch.float64
 INF = float("inf")
@@ -256,6 +263,62 @@ def test_a_fully_masked_sequence_is_exactly_zero_even_over_nan_values():
     tensors.v.fill_(float("nan"))
     out, lse = reference(tensors)
     assert not out.any() and bool((lse == -INF).all())
+
+
+@pytest.mark.parametrize("layout_q", ["packed", "batched"])
+@pytest.mark.parametrize("layout_k", ["batched", "paged"])
+def test_left_padding_is_as_if_the_keys_began_behind_it(layout_q, layout_k):
+    """What lies in front holds NaN, and pages that are padding alone have table entries that are no pages."""
+    lengths, leftpads = [11, 5, 9, 0], [9, 0, 9, 0]
+    extras = {"key_mask_heads": 2, "key_bias_heads": 1, "layout_q": layout_q, "layout_k": layout_k}
+    tensors = build_tensors([3, 2, 1, 2], lengths, head_dim=8, dtype=F64, page_size=4, slack_k=1, **extras)
+    keys = {}
+    for name in ("k", "v", "key_mask", "key_bias"):
+        keys[name] = [keys_of(tensors, name, b, n)[0, leftpads[b] :].clone() for b, n in enumerate(lengths)]
+    for b, leftpad in enumerate(leftpads):
+        if layout_k == "batched":
+            tensors.k[b, :leftpad] = float("nan")
+            continue
+        pages = tensors.page_table[b]
+        for position in range(leftpad):
+            tensors.v[pages[position // 4], position % 4] = float("nan")
+        pages[: leftpad // 4] = -1
+    options = {"causal": True, "window_size": (2, None)}
+    padded = reference(tensors._replace(leftpad_k=torch.tensor(leftpads, dtype=torch.int32)), **options)
+    rows = [n - leftpad for n, leftpad in zip(lengths, leftpads, strict=True)]
+    packed = tensors._replace(
+        **{name: torch.cat(parts) for name, parts in keys.items()},
+        cu_seqlens_k=cu_seqlens(rows),
+        seqused_k=None,
+        page_table=None,
+    )
+    torch.testing.assert_close(padded, reference(packed, **options), rtol=0, atol=0)
+
+
+def test_cache_rows_in_any_order():
+    """Rows may be shared, or nobody's; where a sequence has no key, its row is not looked at."""
+    tensors = build_tensors([2, 3, 1], [6] * 5, head_dim=8, dtype=F64, layout_k="batched", key_bias_heads=1)
+    used = torch.tensor([4, 6, 0], dtype=torch.int32)
+    rows = torch.tensor([3, 3, 7], dtype=torch.int32)
+    indirect = reference(tensors._replace(cache_batch_idx=rows, seqused_k=used), causal=True)
+    direct = {name: getattr(tensors, name)[[3, 3, 0]] for name in ("k", "v", "key_bias")}
+    expected = reference(tensors._replace(**direct, seqused_k=used), causal=True)
+    torch.testing.assert_close(indirect, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"leftpad_k": [0, 5]}, "leftpad_k: got .0, 5.; takes values from 0 to .4, 4."),
+        ({"leftpad_k": [-1, 0]}, "leftpad_k: got .-1, 0.; takes values from 0 to .4, 4."),
+        ({"cache_batch_idx": [0, 2]}, "cache_batch_idx: got .0, 2.; takes rows of k, from 0 to 1"),
+    ],
+)
+def test_cache_arguments_that_do_not_fit_are_errors(changes, message):
+    tensors = build_tensors([2, 3], [4, 4], layout_k="batched")
+    changes = {name: torch.tensor(values, dtype=torch.int32) for name, values in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        reference(tensors._replace(**changes))
 
 
 def test_key_bias_of_minus_infinity_is_a_mask():
