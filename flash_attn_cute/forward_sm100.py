@@ -580,9 +580,11 @@ class ForwardSm100:
                 for step in cutlass.range(kv.num_tiles(), unroll=1):
                     self._softmax_step(row, shared, kv, limits, step, position)
                     position = position.next()
-                factor, lse = self._totals(row.softmax, work, place, tensors)
+                factor, share, lse = self._totals(row.softmax, work, place, tensors)
                 shared.factor_ring(index).wait_empty(done)
                 normalising[thread, index] = factor
+                if const_expr(tensors.sink is not None):
+                    self._send_share(row, shared, share, position)
                 shared.factor_ring(index).fill(done)
                 done = done.next()
                 self._store_lse(work, place, row_in_tile, lse, tensors)
@@ -591,7 +593,7 @@ class ForwardSm100:
 
     @cute.jit
     def _totals(self, softmax: RowSoftmax, work: WorkTile, place: RowPlace, tensors: ForwardTensors):
-        """(factor for the output, log-sum-exp) of a row that has seen all the keys that this work tile has for it."""
+        """`normalise` for a row that has seen all the keys that this work tile has for it."""
         sink = None
         if const_expr(tensors.sink is not None):
             # Counts once a row: splits leave it to the combine kernel.
@@ -599,7 +601,19 @@ class ForwardSm100:
             if place.is_row and work.num_splits == 1:
                 sink = tensors.sink[place.head].to(Float32)
         factor, share, lse = normalise(softmax.row_max[0], softmax.row_sum[0], softmax.scale_log2, sink)
-        return (factor * share, lse) if place.is_query else (Float32(0.0), -Float32.inf)
+        factor, lse = (factor, lse) if place.is_query else (Float32(0.0), -Float32.inf)
+        return factor, share, lse
+
+    @cute.jit
+    def _send_share(self, row: RowOfScores, shared: Shared, share: Float32, position: RingPosition):
+        """In the place of a factor for the buffer of the next scores, at `position`: shared memory has no room for it.
+
+        Correction read the last factor there before it released the last scores. It releases the next scores when it
+        is through with this work tile, and the next factor there comes behind that.
+        """
+        scores = shared.score_ring(row.index)
+        scores.wait_released(RingPosition(position.count - 1))
+        shared.rescaling[row.memory.thread, row.index + scores.stage(position)] = share
 
     @cute.jit
     def _store_lse(self, work: WorkTile, place: RowPlace, row: Int32, lse: Float32, tensors: ForwardTensors):
@@ -739,7 +753,9 @@ class ForwardSm100:
         tile = self.spec.tile
         normalising, output = shared.factor_ring(i), shared.output_ring(i)
         normalising.wait_full(done)
-        factor = shared.normalising[memory.thread, i]
+        factor, share = shared.normalising[memory.thread, i], None
+        if const_expr(tensors.sink is not None):
+            share = shared.rescaling[memory.thread, i + shared.score_ring(i).stage(position)]
         normalising.release(done)
         shared.product_ring(i).wait_full(done if const_expr(self.alternates) else RingPosition(position.count - 1))
         tensor_memory.fence_after_wait()
@@ -747,13 +763,13 @@ class ForwardSm100:
         start = tile.output_column + i * tile.head_dim_v
         if const_expr(self.spec.splits):
             if work.num_splits == 1:
-                accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor)
+                accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor, share)
             else:
                 row = tensors.partial[work.slot, i * tile.query_rows + memory.thread, None]
                 is_read = place.is_row and place.is_query
                 accumulator_rows.write_partial(memory, start, tile.head_dim_v, row, is_read, factor)
         else:
-            accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor)
+            accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor, share)
         output.fill(done)
 
     # Storing -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ In loops and not unrolled: a warp that does this rarely has few registers. Whole
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32
+from cutlass import Boolean, Float32, const_expr
 
 from flash_attn_cute.device import packed, tensor_memory
 from flash_attn_cute.device.tensor_memory import Row
@@ -23,11 +23,16 @@ def rescale(memory: Row, first_column, columns: cutlass.Constexpr, factor: Float
 
 
 @cute.jit
-def stage(memory: Row, first_column, row: cute.Tensor, factor: Float32):
-    """Rounds a finished row times `factor` to the type of `row`, (padded Dv,) of shared memory, for TMA to store."""
+def stage(memory: Row, first_column, row: cute.Tensor, factor: Float32, share: Float32 | None):
+    """Rounds a finished row times `factor`, and where there is a sink then times `share`, to the type of `row`,
+    (padded Dv,) of shared memory, for TMA to store. Two products: a row from the combine kernel has been through two.
+    """
     chunks = cute.logical_divide(row, cute.make_layout(8))
     for column in cutlass.range(0, cute.size(row), STEP, unroll=1):
-        words = packed.rounded(_load_scaled(memory, first_column + column, factor), row.element_type)
+        values = _load_scaled(memory, first_column + column, factor)
+        if const_expr(share is not None):
+            _scale(values, share)
+        words = packed.rounded(values, row.element_type)
         _select_zeros(words, factor)
         rounded = cute.recast_tensor(words, row.element_type)
         for i in cutlass.range_constexpr(STEP // 8):
@@ -54,10 +59,14 @@ def write_partial(
 def _load_scaled(memory: Row, column, factor: Float32) -> cute.Tensor:
     values = cute.make_rmem_tensor(STEP, Float32)
     memory.load(column, values)
+    _scale(values, factor)
+    return values
+
+
+def _scale(values: cute.Tensor, factor: Float32):
     for i in range(STEP // 2):
         pair = packed.mul((values[2 * i], values[2 * i + 1]), packed.both(factor))
         values[2 * i], values[2 * i + 1] = pair
-    return values
 
 
 @cute.jit

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_attn_cute import get_scheduler_metadata
-from tests.attention_cases import assert_close_to_reference, attention, build_tensors, problem_of
+from tests.attention_cases import assert_close_to_reference, attention, build_tensors, cu_seqlens, problem_of
 
 CUDA = "cuda"
 # Long keys under one query and under several tiles of them, keys without queries, queries without keys, a short one.
@@ -96,6 +96,53 @@ def test_absolute_boundaries_make_rows_independent_of_the_batch(emulation):
         batch.q[:2], batch.k[:700], batch.v[:700] = alone.q[:2], alone.k[:700], alone.v[:700]
         out, lse = attention(batch, **options)
         assert torch.equal(out[:2], expected[0][:2]) and torch.equal(lse[:, :2], expected[1][:, :2])
+
+
+def test_prefill_equals_decode_at_absolute_boundaries(emulation):
+    """With a sink, which the forward kernel adds to rows of one split and the combine kernel to the others."""
+    options = dict(causal=True, seqlen_k_per_split=256)
+    prefill = build_tensors([300], [300], head_dim=64, heads=4, kv_heads=2, sink_dtype=torch.float32, device=CUDA)
+    out, lse = attention(prefill, **options)
+    for row in (5, 100, 255, 256, 280):
+        decode = prefill._replace(
+            q=prefill.q[row : row + 1],
+            k=prefill.k[: row + 1],
+            v=prefill.v[: row + 1],
+            cu_seqlens_q=cu_seqlens([1], CUDA),
+            cu_seqlens_k=cu_seqlens([row + 1], CUDA),
+        )
+        one, lse_of_one = attention(decode, **options)
+        assert torch.equal(one[0], out[row]) and torch.equal(lse_of_one[:, 0], lse[:, row]), row
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (256, 256)], ids=str)
+def test_a_sink_joins_alike_in_both_kernels(emulation, dims):
+    """Rows whose keys lie in one split of several equal those of a sequence that is not split, whoever is beside them.
+
+    In fp16, whose rounding shows a last bit of fp32 in one of some thousand numbers.
+    """
+    rows = 200
+    options = dict(head_dim=dims[0], head_dim_v=dims[1], heads=4, kv_heads=2, device=CUDA)
+    long = build_tensors([300], [300], dtype=torch.float16, sink_dtype=torch.float32, **options)
+    short = long._replace(
+        q=long.q[:rows],
+        k=long.k[:rows],
+        v=long.v[:rows],
+        cu_seqlens_q=cu_seqlens([rows], CUDA),
+        cu_seqlens_k=cu_seqlens([rows], CUDA),
+    )
+    expected = attention(short, causal=True, scheduler_metadata=False)
+    for others in ([], [(1, 700)], [(3, 20), (130, 130)]):
+        beside = build_tensors(*map(list, zip((rows, rows), *others, strict=True)), dtype=torch.float16, **options)
+        for alone in (long, short):
+            first = len(alone.q)
+            batch = alone._replace(
+                **{name: torch.cat([getattr(alone, name), getattr(beside, name)[rows:]]) for name in "qkv"},
+                cu_seqlens_q=cu_seqlens([first, *(q for q, _ in others)], CUDA),
+                cu_seqlens_k=cu_seqlens([first, *(k for _, k in others)], CUDA),
+            )
+            out, lse = attention(batch, causal=True, seqlen_k_per_split=256, num_splits=0)
+            assert torch.equal(out[:rows], expected[0]) and torch.equal(lse[:, :rows], expected[1]), (first, others)
 
 
 def test_a_call_that_may_split_plans_for_itself(emulation):
