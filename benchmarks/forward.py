@@ -11,10 +11,10 @@ Exits with 1 if one of our own calls failed or computed something wrong; a peer'
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks import report as show
-from benchmarks.peers import OURS, PEERS, Attention, AttentionInputs, Peer, peers_named
+from benchmarks.peers import OURS, PEERS, Attention, AttentionInputs, Peer, installed, peers_named
 from benchmarks.provenance import provenance
-from benchmarks.targets import FLASH_ATTN_4, forward_targets, ratio, summarise
+from benchmarks.rows import Row, one_line, run_once, timed_row
+from benchmarks.targets import FLASH_ATTN_4, forward_targets, summarise
 from benchmarks.timing import Ceilings, CudaStopwatch, host_seconds_per_call, measure_ceilings, time_interleaved
-from benchmarks.verify import excess, sampled_reference
+from benchmarks.verify import Check
 from benchmarks.workloads import HOST_TIME_WORKLOAD, PRESETS, Workload
 
 
@@ -43,97 +44,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iters", type=int, default=20, metavar="N", help="timed rounds, at most (default 20)")
     parser.add_argument("--budget", type=float, default=2.0, metavar="SECONDS", help="GPU seconds a workload, about")
     parser.add_argument("--host-time", action="store_true", help="also measure the host time of an eager call")
-    parser.add_argument("--commit", metavar="ID", help="the commit to report, where there is no git history to ask")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    show.add_file_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (needs matplotlib)")
     return parser.parse_args(arguments)
 
 
-def describe_error(error: Exception) -> str:
-    """One line: a CUDA or compiler error can be pages long, and only its beginning is about the cause."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-class Check:
-    """Compares outputs of one workload: sampled rows with fp32, and all rows with the first output that was right."""
-
-    def __init__(self, workload: Workload, inputs: AttentionInputs) -> None:
-        self._rows, self._expected = sampled_reference(workload, inputs.q, inputs.k, inputs.v)
-        self._trusted: torch.Tensor | None = None
-
-    def __call__(self, output: torch.Tensor) -> dict[str, Any]:
-        packed = output.reshape(-1, *output.shape[-2:])
-        error, correct = excess(packed[self._rows], self._expected)
-        if correct and self._trusted is not None:
-            error_all, correct = excess(packed, self._trusted)
-            error = max(error, error_all)
-        elif correct:
-            self._trusted = packed.clone()
-        return {"max_error": error, "correct": correct}
-
-
-def run_once(
+def run_peers(
     workload: Workload, inputs: AttentionInputs, peers: list[Peer]
 ) -> tuple[dict[str, Attention], dict[str, Any]]:
-    """Makes each candidate and runs it once, compilation included: those that run, and what is known of all."""
-    check = Check(workload, inputs)
-    candidates: dict[str, Attention] = {}
-    results: dict[str, Any] = {}
+    """Runs whoever takes the workload, and ours, once: see rows.run_once."""
     # Peers come first, so that our output is compared in full with one that the samples found right.
-    for peer in [*peers, OURS]:
-        if not peer.supports(workload):
-            continue
-        try:
-            attention = peer.make(workload, inputs)
-            output = attention()
-            torch.cuda.synchronize()
-            results[peer.name] = check(output)
-            candidates[peer.name] = attention
-        except Exception as error:  # whatever a peer raises is its own result, and hides nobody else's
-            results[peer.name] = {"error": describe_error(error)}
-    return candidates, results
+    makers = {p.name: partial(p.make, workload, inputs) for p in (*peers, OURS) if p.supports(workload)}
+    return run_once(makers, Check(workload, inputs))
 
 
-def measure(
-    workload: Workload, peers: list[Peer], ceilings: Ceilings, stopwatch: CudaStopwatch, options
-) -> dict[str, Any]:
+def measure(workload: Workload, peers: list[Peer], ceilings: Ceilings, stopwatch: CudaStopwatch, options) -> Row:
     """One row: the workload's counts, its floor, and the result of every candidate."""
     inputs = AttentionInputs.random(workload)
-    candidates, results = run_once(workload, inputs, peers)
+    candidates, results = run_peers(workload, inputs, peers)
     timings = time_interleaved(candidates, stopwatch, iterations=options.iters, budget_seconds=options.budget)
-    floor = workload.floor_seconds(ceilings.matmul_flops_per_s, ceilings.read_bytes_per_s)
-    for name, timing in timings.items():
-        timed = {
-            "microseconds": timing.seconds * 1e6,
-            "spread": timing.spread,
-            "rounds": timing.rounds,
-            "tflops": workload.flops / timing.seconds / 1e12,
-            "terabytes_per_s": workload.min_bytes / timing.seconds / 1e12,
-            "floor_ratio": timing.seconds / floor,
-        }
-        if results[name]["correct"]:
-            # Ratios and targets read `seconds`: the time of a wrong result is kept, but takes part in neither.
-            timed["seconds"] = timing.seconds
-        results[name] |= timed
-    compute_bound = workload.flops / ceilings.matmul_flops_per_s >= workload.min_bytes / ceilings.read_bytes_per_s
-    row = {
-        **workload.described(),
-        "floor_microseconds": floor * 1e6,
-        "bound": "compute" if compute_bound else "memory",
-        "results": results,
-    }
-    for name, result in results.items():
-        if name != OURS.name:
-            result["over_ours"] = ratio(row, (name,))
-    return row
+    return timed_row(workload.described(), workload, ceilings, results, timings)
 
 
 def measure_host_time(peers: list[Peer]) -> dict[str, float]:
     """Microseconds the host spends in one eager call, ours and flash-attn-4's, on a problem that keeps no GPU busy."""
     inputs = AttentionInputs.random(HOST_TIME_WORKLOAD)
     timed = [OURS, *(peer for peer in peers if peer.name == FLASH_ATTN_4)]
-    candidates, _ = run_once(HOST_TIME_WORKLOAD, inputs, timed[1:])
+    candidates, _ = run_peers(HOST_TIME_WORKLOAD, inputs, timed[1:])
     ordered = {peer.name: candidates[peer.name] for peer in timed if peer.name in candidates}
     seconds = host_seconds_per_call(ordered, torch.cuda.synchronize)
     return {name: value * 1e6 for name, value in seconds.items()}
@@ -158,14 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"forward.py: no workload of preset {options.preset} matches {options.only!r}", file=sys.stderr)
         return 2
 
-    absent = {peer.name: reason for peer in wanted if (reason := peer.missing_because()) is not None}
-    peers = [peer for peer in wanted if peer.name not in absent]
+    peers, about_peers = installed(wanted)
     stopwatch = CudaStopwatch()
     ceilings = measure_ceilings(stopwatch)
     report: dict[str, Any] = {
         "provenance": provenance(options.commit),
-        "peers": {p.name: p.version() for p in peers if not isinstance(p, type(OURS))}
-        | {name: f"absent ({reason})" for name, reason in absent.items()},
+        "peers": about_peers,
         "ceilings": asdict(ceilings),
         "rows": [],
     }
@@ -175,11 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A line a row as it is done: a sweep that dies, or is cut short, has still said what it found.
         row = measure(workload, peers, ceilings, stopwatch, options)
         report["rows"].append(row)
-        done = "  ".join(
-            f"{name} {r['microseconds']:.1f}us" if "microseconds" in r else f"{name} {r['error'][:60]}"
-            for name, r in row["results"].items()
-        )
-        print(f"[{index}/{len(workloads)}] {workload.name}: {done}", flush=True)
+        print(f"[{index}/{len(workloads)}] {workload.name}: {one_line(row)}", flush=True)
         torch.cuda.empty_cache()
 
     report["host_microseconds"] = measure_host_time(peers) if options.host_time else {}
@@ -193,7 +124,11 @@ def finish(report: dict[str, Any], peers: list[str], options: argparse.Namespace
     targets = forward_targets(rows, report["host_microseconds"])
     report["summary"] = summarise(rows, peers)
     report["targets"] = [target.as_json() for target in targets]
-    tables = [show.row_table(rows, peers), show.rate_table(rows, candidates), show.summary_table(report["summary"])]
+    tables = [
+        show.row_table("Forward", rows, peers),
+        show.rate_table(rows, candidates),
+        show.summary_table(report["summary"]),
+    ]
     if report["host_microseconds"]:
         tables.append(show.host_table(report["host_microseconds"]))
     tables.append(show.target_table(targets))
@@ -203,13 +138,10 @@ def finish(report: dict[str, Any], peers: list[str], options: argparse.Namespace
     failures = show.problems(rows)
     if failures:
         print("\nNot counted:", *failures, sep="\n  ")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.markdown:
-        show.write_markdown(options.markdown, report, tables)
+    show.write_files(options, "Forward benchmark", report, tables)
     if options.plot:
         try:
-            show.write_plot(options.plot, report, candidates)
+            show.write_bars(options.plot, report, candidates, show.TFLOPS)
         except ImportError as error:
             print(f"forward.py: no plot: {error}", file=sys.stderr)
     ours_stand = all(row["results"].get(OURS.name, {}).get("correct", False) for row in rows)

@@ -51,11 +51,15 @@ class AttentionInputs:
         """Views of shape (batch, length, heads, dim)."""
         return tuple(x.view(workload.batch, -1, *x.shape[1:]) for x in (self.q, self.k, self.v))
 
+    @property
+    def lengths(self) -> dict[str, torch.Tensor]:
+        """The tensors that say how long the sequences are, by the names of their arguments."""
+        return {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k}
+
     def varlen_arguments(self, workload: Workload) -> dict[str, Any]:
         """The keyword arguments that the whole flash-attention family shares."""
         return {
-            "cu_seqlens_q": self.cu_seqlens_q,
-            "cu_seqlens_k": self.cu_seqlens_k,
+            **self.lengths,
             "max_seqlen_q": workload.max_q,
             "max_seqlen_k": workload.max_k,
             "causal": workload.causal,
@@ -73,6 +77,7 @@ class Peer:
     name: str
     module: str
     distributions: tuple[str, ...] = ()
+    takes_pages = False  # whether `make` also takes the keys and values in pages, as paged.PagedInputs
 
     def available(self) -> bool:
         """Whether it imports. An installation that is there but broken counts as absent; `missing_because` says why."""
@@ -106,13 +111,17 @@ class FlashAttentionFamily(Peer):
     def supports(self, workload: Workload) -> bool:
         return True
 
+    def options(self) -> dict[str, Any]:
+        """What a packed call is given beside the tensors and lengths."""
+        return {}
+
     def make(self, workload: Workload, inputs: AttentionInputs) -> Attention:
         return self.make_packed(workload, inputs) if workload.packed else self.make_batched(workload, inputs)
 
     def make_packed(self, workload: Workload, inputs: AttentionInputs) -> Attention:
         function = importlib.import_module(self.module).flash_attn_varlen_func
         q, k, v = inputs.q, inputs.k, inputs.v
-        arguments = inputs.varlen_arguments(workload)
+        arguments = inputs.varlen_arguments(workload) | self.options()
         return lambda: first(function(q, k, v, **arguments))
 
     def make_batched(self, workload: Workload, inputs: AttentionInputs) -> Attention:
@@ -144,6 +153,7 @@ class FlashAttention4(FlashAttentionFamily):
     name = "flash-attn-4"
     module = "flash_attn.cute"
     distributions = ("flash-attn-4",)
+    takes_pages = True
 
 
 class FlashAttention3(FlashAttentionFamily):
@@ -165,8 +175,8 @@ class CudnnSdpa(Peer):
         return str(torch.backends.cudnn.version())
 
     def supports(self, workload: Workload) -> bool:
-        # torch aligns is_causal to the top left, which is our meaning only where lengths agree.
-        return workload.equal_lengths and (workload.square or not workload.causal)
+        # torch aligns is_causal to the top left, our meaning only where lengths agree. One query sees all keys.
+        return workload.equal_lengths and (workload.square or workload.max_q == 1 or not workload.causal)
 
     def make(self, workload: Workload, inputs: AttentionInputs) -> Attention:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -174,7 +184,7 @@ class CudnnSdpa(Peer):
 
         # (batch, heads, length, dim) views of the same memory: no copy is made, and none is timed.
         q, k, v = (x.transpose(1, 2) for x in inputs.batched(workload))
-        arguments: dict[str, Any] = {"is_causal": workload.causal}
+        arguments: dict[str, Any] = {"is_causal": workload.causal and workload.max_q > 1}
         if workload.heads != workload.heads_kv:
             arguments["enable_gqa"] = True
 
@@ -217,13 +227,21 @@ OURS = Ours()
 PEERS: tuple[Peer, ...] = (FlashAttention4(), CudnnSdpa(), FlashAttention3(), TorchVarlen(), OursBatched())
 
 
-def peers_named(names: str | None) -> list[Peer]:
+def peers_named(names: str | None, known: tuple[Peer, ...] = PEERS) -> list[Peer]:
     """The peers of a comma-separated list, or all of them; an unknown name is an error, not an empty column."""
     if names is None:
-        return list(PEERS)
-    by_name = {peer.name: peer for peer in PEERS}
+        return list(known)
+    by_name = {peer.name: peer for peer in known}
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = sorted(set(wanted) - set(by_name))
     if unknown:
         raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(by_name)}")
     return [by_name[name] for name in wanted]
+
+
+def installed(wanted: list[Peer]) -> tuple[list[Peer], dict[str, str]]:
+    """Those of `wanted` that import here, and what a result file says of all: a version, or why there is none."""
+    absent = {peer.name: reason for peer in wanted if (reason := peer.missing_because()) is not None}
+    present = [peer for peer in wanted if peer.name not in absent]
+    versions = {peer.name: peer.version() for peer in present if not isinstance(peer, Ours)}
+    return present, versions | {name: f"absent ({reason})" for name, reason in absent.items()}

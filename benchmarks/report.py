@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import Row, Target
+from benchmarks.rows import Row, ratio
+from benchmarks.targets import Target
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def figure(value: float | None, pattern: str = "{:.2f}") -> str:
     return "-" if value is None else pattern.format(value)
 
 
-def row_table(rows: list[Row], peers: list[str]) -> Table:
+def row_table(title: str, rows: list[Row], peers: list[str]) -> Table:
     """A line a workload: our time, rates and distance to the floor; then the time of each peer over ours."""
     columns = ["workload", "us", "TFLOP/s", "TB/s", "x floor", "bound", *(f"{peer} / ours" for peer in peers)]
     lines = []
@@ -69,11 +74,10 @@ def row_table(rows: list[Row], peers: list[str]) -> Table:
             row["bound"],
         ]
         for peer in peers:
-            result = row["results"].get(peer, {})
-            mark = "" if result.get("correct", True) else " (wrong)"
-            line.append(figure(result.get("over_ours")) + mark)
+            mark = "" if row["results"].get(peer, {}).get("correct", True) else " (wrong)"
+            line.append(figure(ratio(row, (peer,))) + mark)
         lines.append(line)
-    return Table("Forward: ours, and the time of each peer over ours (above 1: ours is faster)", columns, lines)
+    return Table(f"{title}: ours, and the time of each peer over ours (above 1: ours is faster)", columns, lines)
 
 
 def rate_table(rows: list[Row], candidates: list[str]) -> Table:
@@ -83,6 +87,15 @@ def rate_table(rows: list[Row], candidates: list[str]) -> Table:
         for row in rows
     ]
     return Table("TFLOP/s", ["workload", *candidates], lines)
+
+
+def time_table(title: str, rows: list[Row], candidates: list[str]) -> Table:
+    """Microseconds of everyone beside the floor, from the same rounds."""
+    lines = []
+    for row in rows:
+        times = [row["results"].get(name, {}).get("microseconds") for name in candidates]
+        lines.append([row["name"], *(figure(time, "{:.1f}") for time in (row["floor_microseconds"], *times))])
+    return Table(title, ["workload", "floor", *candidates], lines)
 
 
 def summary_table(summary: list[dict[str, Any]]) -> Table:
@@ -102,16 +115,24 @@ def host_table(host_microseconds: dict[str, float]) -> Table:
     return Table("Host time of an eager call, microseconds", ["candidate", "us"], lines)
 
 
-def problems(rows: list[Row]) -> list[str]:
-    """Every candidate that failed or computed something else, one line each."""
+def problems(rows: list[Row], candidates: Iterable[str] | None = None) -> list[str]:
+    """Every candidate that failed or computed something else, one line each; of all, or of those named."""
+    wanted = None if candidates is None else set(candidates)
     found = []
     for row in rows:
         for name, result in row["results"].items():
+            if wanted is not None and name not in wanted:
+                continue
             if "error" in result:
                 found.append(f"{row['name']}: {name}: {result['error']}")
             elif not result.get("correct", True):
                 found.append(f"{row['name']}: {name}: off by {result['max_error']:.3g}, its time does not count")
     return found
+
+
+def not_counted(report: dict[str, Any]) -> list[str]:
+    """Everything that went wrong in a run: whole rows, figures beside the rows, and candidates."""
+    return [*report.get("failures", ()), *report.get("notes", ()), *problems(report["rows"])]
 
 
 def header_lines(report: dict[str, Any]) -> list[str]:
@@ -125,17 +146,65 @@ def header_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_markdown(path: Path, report: dict[str, Any], tables: list[Table]) -> None:
-    parts = ["# Forward benchmark", "\n".join(f"- {line}" for line in header_lines(report))]
+def write_markdown(path: Path, title: str, report: dict[str, Any], tables: list[Table]) -> None:
+    parts = [f"# {title}", "\n".join(f"- {line}" for line in header_lines(report))]
     parts += [table.as_markdown() for table in tables]
-    failed = problems(report["rows"])
+    failed = not_counted(report)
     if failed:
         parts.append("\n".join(["Not counted:", "", *(f"- {line}" for line in failed)]))
     path.write_text("\n\n".join(parts) + "\n")
 
 
-def write_plot(path: Path, report: dict[str, Any], candidates: list[str]) -> None:
-    """Grouped bars of TFLOP/s, a group a workload. Needs matplotlib."""
+CSV_FIGURES = ("microseconds", "spread", "rounds", "tflops", "terabytes_per_s", "floor_ratio", "correct", "error")
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """A line a workload and candidate."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["workload", "floor_microseconds", "candidate", *CSV_FIGURES])
+        for row in rows:
+            for name, result in row["results"].items():
+                writer.writerow([row["name"], row["floor_microseconds"], name, *map(result.get, CSV_FIGURES)])
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes about the files it writes."""
+    parser.add_argument("--commit", metavar="ID", help="the commit to report, where there is no git history to ask")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line a workload and candidate")
+
+
+def write_files(options: argparse.Namespace, title: str, report: dict[str, Any], tables: list[Table]) -> None:
+    """The files that the command line asked for: --json, --markdown, --csv."""
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.markdown:
+        write_markdown(options.markdown, title, report, tables)
+    if options.csv:
+        write_csv(options.csv, report["rows"])
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What a bar chart shows of each result, and the line that nobody can pass."""
+
+    figure: str  # a key of a result
+    label: str
+    limit: Callable[[dict[str, Any]], float]  # of a report
+    limit_label: str
+
+
+TFLOPS = Bars("tflops", "TFLOP/s", lambda report: report["ceilings"]["matmul_flops_per_s"] / 1e12, "matmul ceiling")
+TERABYTES = Bars(
+    "terabytes_per_s", "TB/s", lambda report: report["ceilings"]["read_bytes_per_s"] / 1e12, "read bandwidth"
+)
+OVER_FLOOR = Bars("floor_ratio", "time over the floor", lambda report: 1.0, "floor")
+
+
+def write_bars(path: Path, report: dict[str, Any], candidates: list[str], bars: Bars) -> None:
+    """Grouped bars, a group a workload. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,12 +214,12 @@ def write_plot(path: Path, report: dict[str, Any], candidates: list[str]) -> Non
     figure_, axes = plt.subplots(figsize=(max(8, 1.1 * len(rows)), 5.5))
     width = 0.8 / max(1, len(candidates))
     for index, name in enumerate(candidates):
-        heights = [row["results"].get(name, {}).get("tflops") or 0.0 for row in rows]
+        heights = [row["results"].get(name, {}).get(bars.figure) or 0.0 for row in rows]
         axes.bar([place + index * width for place in range(len(rows))], heights, width, label=name)
-    axes.axhline(report["ceilings"]["matmul_flops_per_s"] / 1e12, color="gray", linestyle="--", label="matmul ceiling")
+    axes.axhline(bars.limit(report), color="gray", linestyle="--", label=bars.limit_label)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(rows))])
     axes.set_xticklabels([row["name"] for row in rows], rotation=40, ha="right", fontsize=8)
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel(bars.label)
     axes.set_title(f"{report['provenance']['gpu']}, {report['provenance']['date']}", fontsize=10)
     axes.legend(fontsize=8)
     figure_.tight_layout()

@@ -1,6 +1,6 @@
 """What the forward must show, computed from measured rows: every figure here comes from the rows' own numbers.
 
-A row is the dictionary that benchmarks/forward.py writes: its workload, and seconds or an error for each candidate.
+What a row is stands in benchmarks/rows.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.rows import Row, ratio
 from benchmarks.workloads import D128_SHAPES, SHORT_SEQUENCES
-
-Row = dict[str, Any]
 
 FLASH_ATTN_4 = "flash-attn-4"
 D128_PEERS = (FLASH_ATTN_4, "cudnn")
@@ -52,14 +51,6 @@ class Target:
 def geometric_mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-def ratio(row: Row, peers: Iterable[str]) -> float | None:
-    """Time of the fastest of these peers over ours: above 1 we are faster. None where either side is missing."""
-    results = row["results"]
-    ours = results.get("ours", {}).get("seconds")
-    theirs = [results[peer]["seconds"] for peer in peers if results.get(peer, {}).get("seconds")]
-    return min(theirs) / ours if ours and theirs else None
 
 
 def ratios(rows: Iterable[Row], peers: Iterable[str]) -> list[float]:

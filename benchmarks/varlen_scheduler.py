@@ -11,11 +11,11 @@ Exits with 1 if a variant of ours computed something wrong.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import re
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,24 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks import report as show
-from benchmarks.forward import Check, describe_error
-from benchmarks.peers import PEERS, AttentionInputs
+from benchmarks.peers import AttentionInputs, FlashAttention4, installed
 from benchmarks.provenance import provenance
+from benchmarks.rows import Row, best_seconds, one_line, ratio, run_once, timed_row
 from benchmarks.targets import FLASH_ATTN_4, Target
 from benchmarks.timing import Ceilings, CudaStopwatch, measure_ceilings, time_interleaved
+from benchmarks.variants import Variant, plan
+from benchmarks.verify import Check
 from benchmarks.workloads import Workload, long_tail, prefill_among_decodes, ragged, tiny_sequences
 
-# Our variants: scheduler, planning, num_splits. "on" plans in the call, "cached" once for all calls.
-VARIANTS = {
-    "single-tile": dict(scheduler="single_tile", planning="off"),
-    "static": dict(scheduler="static", planning="off"),
-    "dynamic": dict(scheduler="dynamic", planning="off"),
-    "planned": dict(scheduler="dynamic", planning="on"),
-    "cached": dict(scheduler="dynamic", planning="cached"),
-    "split": dict(scheduler="dynamic", planning="cached", num_splits=0),
-    "auto": dict(scheduler="auto", planning="auto"),
-}
+VARIANTS = (
+    Variant("single-tile", "off", scheduler="single_tile"),
+    Variant("static", "off", scheduler="static"),
+    Variant("dynamic", "off", scheduler="dynamic"),
+    Variant("planned", "on", scheduler="dynamic"),
+    Variant("cached", "cached", scheduler="dynamic"),
+    Variant("split", "cached", num_splits=0, scheduler="dynamic"),
+    Variant("auto"),
+)
 PLANNER_BATCHES = (32, 1024, 4096, 20000)
 LONG_DECODE = "decode 1x131072 32/8"
 
@@ -66,63 +67,14 @@ def patterns() -> list[Workload]:
     ]
 
 
-def metadata_of(workload: Workload, inputs: AttentionInputs, num_splits: int) -> Any:
-    from flash_attn_cute import get_scheduler_metadata
-
-    return get_scheduler_metadata(
-        workload.batch,
-        workload.max_q,
-        workload.max_k,
-        workload.heads,
-        workload.heads_kv,
-        workload.head_dim,
-        workload.head_dim_v,
-        cu_seqlens_q=inputs.cu_seqlens_q,
-        cu_seqlens_k=inputs.cu_seqlens_k,
-        total_q=workload.total_q,
-        causal=workload.causal,
-        num_splits=num_splits,
-    )
-
-
-def variant(workload: Workload, inputs: AttentionInputs, scheduler: str, planning: str, num_splits: int = 1):
-    from flash_attn_cute import flash_attn_varlen_func
-
-    arguments = inputs.varlen_arguments(workload) | dict(scheduler=scheduler, num_splits=num_splits)
-    metadata = {"off": False, "auto": None}.get(planning)
-    if planning == "cached":
-        metadata = metadata_of(workload, inputs, num_splits)
-
-    def call() -> torch.Tensor:
-        plan = metadata_of(workload, inputs, num_splits) if planning == "on" else metadata
-        return flash_attn_varlen_func(inputs.q, inputs.k, inputs.v, scheduler_metadata=plan, **arguments)
-
-    return call
-
-
-def measure(workload: Workload, ceilings: Ceilings, stopwatch: CudaStopwatch, iterations: int) -> dict[str, Any]:
-    """One row: microseconds or an error for each variant, and the floor."""
+def measure(workload: Workload, ceilings: Ceilings, stopwatch: CudaStopwatch, iterations: int) -> Row:
+    """One row: what every variant took, and flash-attn-4."""
     inputs = AttentionInputs.random(workload)
-    check = Check(workload, inputs)
-    candidates: dict[str, Callable[[], torch.Tensor]] = {}
-    results: dict[str, dict[str, Any]] = {}
-    peer = next(peer for peer in PEERS if peer.name == FLASH_ATTN_4)
-    makers = {FLASH_ATTN_4: lambda: peer.make(workload, inputs)} if peer.available() else {}
-    makers |= {name: (lambda o=options: variant(workload, inputs, **o)) for name, options in VARIANTS.items()}
-    for name, make in makers.items():
-        try:
-            call = make()
-            output = call()
-            torch.cuda.synchronize()
-            results[name] = check(output)
-            candidates[name] = call
-        except Exception as error:  # one variant's failure is its own result
-            results[name] = {"error": describe_error(error)}
+    peers, _ = installed([FlashAttention4()])
+    makers = {each.name: partial(each.make, workload, inputs) for each in (*peers, *VARIANTS)}
+    candidates, results = run_once(makers, Check(workload, inputs))
     timings = time_interleaved(candidates, stopwatch, iterations=iterations, budget_seconds=1.0)
-    for name, timing in timings.items():
-        results[name]["microseconds"] = timing.seconds * 1e6
-    floor = workload.floor_seconds(ceilings.matmul_flops_per_s, ceilings.read_bytes_per_s)
-    return {"name": workload.name, "floor": floor * 1e6, "bytes": workload.min_bytes, "results": results}
+    return timed_row(workload.described(), workload, ceilings, results, timings)
 
 
 def planner_microseconds(batch: int, stopwatch: CudaStopwatch, launches: int = 20) -> float:
@@ -134,31 +86,25 @@ def planner_microseconds(batch: int, stopwatch: CudaStopwatch, launches: int = 2
         torch.tensor(workload.cu_q, dtype=torch.int32, device="cuda"),
         torch.tensor(workload.cu_k, dtype=torch.int32, device="cuda"),
     )
-    metadata_of(workload, lengths, 0)
+    plan(workload, lengths, 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(launches):
-            metadata_of(workload, lengths, 0)
+            plan(workload, lengths, 0)
     return time_interleaved({"plan": graph.replay}, stopwatch)["plan"].seconds / launches * 1e6
 
 
-def must_show(rows: list[dict[str, Any]], planner: dict[int, float], ceilings: Ceilings) -> list[Target]:
+def must_show(rows: list[Row], planner: dict[int, float], ceilings: Ceilings) -> list[Target]:
     by_name = {row["name"]: row for row in rows}
 
-    def time(pattern: str, *names: str) -> float | None:
-        results = by_name.get(pattern, {"results": {}})["results"]
-        times = [results[n]["microseconds"] for n in names if results.get(n, {}).get("correct")]
-        return min(times) if times else None
-
     def over(pattern: str, names: tuple[str, ...], ours: tuple[str, ...] = ("auto", "cached", "split")) -> float | None:
-        theirs, mine = time(pattern, *names), time(pattern, *ours)
-        return theirs / mine if theirs and mine else None
+        return ratio(by_name[pattern], names, ours) if pattern in by_name else None
 
     tail, tiny = long_tail().name, tiny_sequences().name
     best_unplanned = over(tail, (FLASH_ATTN_4, "single-tile"))
-    decode = time(LONG_DECODE, "split")
-    bandwidth = by_name[LONG_DECODE]["bytes"] / decode * 1e6 / ceilings.read_bytes_per_s if decode else None
+    decode = best_seconds(by_name[LONG_DECODE], ("split",)) if LONG_DECODE in by_name else None
+    bandwidth = by_name[LONG_DECODE]["min_bytes"] / decode / ceilings.read_bytes_per_s if decode else None
     # Batches that the planner leaves whole: what the possibility of splits costs them.
     unsplit = [over(pattern, ("split",), ("dynamic",)) for pattern in ("constant 32x2048", tail)]
     cost = max(unsplit) if all(unsplit) else None
@@ -176,9 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", metavar="REGEX", help="only patterns whose name matches")
     parser.add_argument("--iters", type=int, default=15, metavar="N")
-    parser.add_argument("--commit", metavar="ID")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
+    show.add_file_arguments(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -187,52 +131,35 @@ def main() -> int:
         return 2
     stopwatch = CudaStopwatch()
     ceilings = measure_ceilings(stopwatch)
-    about = provenance(options.commit)
-    rows = []
+    _, peers = installed([FlashAttention4()])
+    report = {"provenance": provenance(options.commit), "peers": peers, "ceilings": asdict(ceilings), "rows": []}
     for workload in patterns():
         if options.only is None or re.search(options.only, workload.name):
-            rows.append(measure(workload, ceilings, stopwatch, options.iters))
-            done = "  ".join(
-                f"{n} {r['microseconds']:.1f}" if "microseconds" in r else f"{n}: {r['error']}"
-                for n, r in rows[-1]["results"].items()
-            )
-            print(f"{workload.name}: {done}", flush=True)
+            report["rows"].append(measure(workload, ceilings, stopwatch, options.iters))
+            print(f"{workload.name}: {one_line(report['rows'][-1])}", flush=True)
             torch.cuda.empty_cache()
-    planner = {batch: planner_microseconds(batch, stopwatch) for batch in PLANNER_BATCHES}
-    return finish(rows, planner, ceilings, about, options)
+    report["planner_microseconds"] = {batch: planner_microseconds(batch, stopwatch) for batch in PLANNER_BATCHES}
+    return finish(report, ceilings, options)
 
 
-def finish(rows, planner: dict[int, float], ceilings: Ceilings, about: dict[str, str], options) -> int:
-    names = [FLASH_ATTN_4, *VARIANTS]
-    lines = []
-    for row in rows:
-        times = [row["results"].get(name, {}).get("microseconds") for name in names]
-        lines.append([row["name"], *(show.figure(time, "{:.1f}") for time in (row["floor"], *times))])
+def finish(report: dict[str, Any], ceilings: Ceilings, options: argparse.Namespace) -> int:
+    """Prints the tables, writes the files asked for, and says whether our own variants all stand."""
+    rows, planner = report["rows"], report["planner_microseconds"]
+    names = [FLASH_ATTN_4, *(variant.name for variant in VARIANTS)]
+    targets = must_show(rows, planner, ceilings)
+    report["targets"] = [target.as_json() for target in targets]
     tables = [
-        show.Table("Microseconds by pattern (32/8 heads, d128, causal, bf16)", ["pattern", "floor", *names], lines),
+        show.time_table("Microseconds by pattern (32/8 heads, d128, causal, bf16)", rows, names),
         show.Table("The planner's own time", ["sequences", "us"], [[str(b), f"{t:.2f}"] for b, t in planner.items()]),
-        show.target_table(must_show(rows, planner, ceilings)),
+        show.target_table(targets),
     ]
     for table in tables:
         print()
         table.print()
-    if options.markdown:
-        header = [f"- {key}: {value}" for key, value in about.items()]
-        matmul, read = ceilings.matmul_flops_per_s / 1e12, ceilings.read_bytes_per_s / 1e12
-        header.append(f"- ceilings: {matmul:.0f} TFLOP/s, {read:.2f} TB/s")
-        text = ["# Schedulers and planning on ragged batches", "", *header]
-        options.markdown.write_text("\n\n".join(["\n".join(text), *(table.as_markdown() for table in tables)]) + "\n")
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["pattern", "candidate", "microseconds", "floor_microseconds", "correct"])
-            for row in rows:
-                for name, result in row["results"].items():
-                    figures = result.get("microseconds"), row["floor"], result.get("correct")
-                    writer.writerow([row["name"], name, *figures])
-    wrong = [(row, name) for row in rows for name in VARIANTS if not row["results"].get(name, {}).get("correct")]
-    for row, name in wrong:
-        print(f"not right: {name} on {row['name']}: {row['results'].get(name)}")
+    show.write_files(options, "Schedulers and planning on ragged batches", report, tables)
+    wrong = show.problems(rows, names[1:])
+    if wrong:
+        print("\nNot right:", *wrong, sep="\n  ")
     return 1 if wrong else 0
 
 

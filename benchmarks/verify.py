@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import torch
 
+from benchmarks.peers import AttentionInputs
 from benchmarks.workloads import Workload
 
 # A sanity bound, not the accuracy gate (the tests hold that): output and probabilities are bf16, values reach about 4.
@@ -75,3 +77,21 @@ def sampled_reference(
         indices.append(rows + cu_q[sequence])
         outputs.append(attend_rows(q[indices[-1]], k[keys], v[keys], rows, len_q, workload.causal))
     return torch.cat(indices), torch.cat(outputs)
+
+
+class Check:
+    """Compares outputs of one workload: sampled rows with fp32, and all rows with the first output that was right."""
+
+    def __init__(self, workload: Workload, inputs: AttentionInputs) -> None:
+        self._rows, self._expected = sampled_reference(workload, inputs.q, inputs.k, inputs.v)
+        self._trusted: torch.Tensor | None = None
+
+    def __call__(self, output: torch.Tensor) -> dict[str, Any]:
+        packed = output.reshape(-1, *output.shape[-2:])
+        error, correct = excess(packed[self._rows], self._expected)
+        if correct and self._trusted is not None:
+            error_all, correct = excess(packed, self._trusted)
+            error = max(error, error_all)
+        elif correct:
+            self._trusted = packed.clone()
+        return {"max_error": error, "correct": correct}
