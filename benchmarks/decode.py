@@ -1,0 +1,206 @@
+"""Decode over a KV cache: a token or a few a sequence, keys and values contiguous or in pages.
+
+    python benchmarks/decode.py --markdown out.md --csv out.csv
+    python benchmarks/decode.py --preset few-long --only "page 64"
+
+One run on one GPU: ceilings first, then for each case our call with a plan made before ("ours"), the same call captured
+and replayed ("ours graph"), the call that plans itself ("ours in-call"), and peers, in turn with a cold L2, medians.
+Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
+Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
+made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
+Exits with 1 if a variant of ours failed or computed something wrong.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from benchmarks import report as show
+from benchmarks.paged import PagedInputs
+from benchmarks.peers import Attention, AttentionInputs
+from benchmarks.rows import Row, best_seconds, run_once
+from benchmarks.serving import Bench, Benchmark, Case
+from benchmarks.serving_peers import ServingFlashAttention4
+from benchmarks.targets import Target
+from benchmarks.timing import host_seconds_per_call
+from benchmarks.variants import Variant, plan
+from benchmarks.verify import Check
+from benchmarks.workloads import Workload, ragged
+
+PLANNED = ("ours", "ours graph")
+VARIANTS = (
+    Variant("ours", "cached", num_splits=0),
+    Variant("ours graph", "cached", num_splits=0, graph=True),
+    Variant("ours in-call", num_splits=0),
+)
+
+
+def decode(name: str, lens_k: list[int], *, tokens: int = 1, heads: int = 32, heads_kv: int = 8) -> Workload:
+    """`tokens` queries of each sequence, at its end; head dimension 128, bf16."""
+    workload = ragged(name, [tokens] * len(lens_k), lens_k, heads=heads, heads_kv=heads_kv)
+    return replace(workload, group="decode")
+
+
+def ragged_lengths() -> list[int]:
+    rng = random.Random(4)
+    return [rng.randint(256, 16384) for _ in range(96)]
+
+
+FEW_LONG = (decode("1x131072", [131072]), decode("4x65536", [65536] * 4))
+MANY = decode("64x8192", [8192] * 64)
+RAGGED = decode("ragged 96x256..16384", ragged_lengths())
+ONE_LONG = decode("131072 among 63x512", [512] * 32 + [131072] + [512] * 31)
+MQA = decode("MQA 64/1 1x131072", [131072], heads=64, heads_kv=1)
+SPECULATIVE = (
+    decode("64x8192 of 4 tokens", [8192] * 64, tokens=4),
+    decode("64x8192 of 8 tokens", [8192] * 64, tokens=8),
+    decode("1x131072 of 8 tokens", [131072], tokens=8),
+)
+SMALL_PAGES = (1, 16)
+# Preset, what it is, and the part of the measured read bandwidth that each of its cases has to reach.
+READ_BANDWIDTH = (
+    ("few-long", "few long sequences, contiguous and page 64", 0.93),
+    ("many", "64x8192, contiguous and page 64", 0.97),
+    ("ragged", "ragged 96 of 256 to 16384, page 64", 0.97),
+    ("one-long", "131072 among 63x512, page 64", 0.88),
+    ("mqa", "MQA 64/1, one of 131072, contiguous and page 64", 0.60),
+)
+# Few keys, so that the GPU is done before the host has issued the next call.
+HOST_TIME = decode("4x256", [256] * 4)
+OURS_VARLEN = "flash_attn_varlen_func"
+OURS_VARLEN_PAGED = "flash_attn_varlen_func, page 64"
+OURS_KVCACHE = "flash_attn_with_kvcache, page 64"
+
+
+def cases(workloads, page_sizes) -> list[Case]:
+    return [Case(workload, page_size) for workload in workloads for page_size in page_sizes]
+
+
+PRESETS = {
+    "few-long": lambda: cases(FEW_LONG, (None, 64)),
+    "many": lambda: cases([MANY], (None, 64)),
+    "ragged": lambda: cases([RAGGED], (64,)),
+    "one-long": lambda: cases([ONE_LONG], (64,)),
+    "mqa": lambda: cases([MQA], (None, 64)),
+    "pages": lambda: cases([MANY, RAGGED], (1, 16, 64, 256)),
+    "speculative": lambda: cases(SPECULATIVE, (64,)),
+}
+
+
+def all_presets() -> list[Case]:
+    """Each case of the presets once."""
+    return list(dict.fromkeys(case for preset in PRESETS.values() for case in preset()))
+
+
+def must_show(report: dict[str, Any]) -> list[Target]:
+    """Rows that this run did not measure leave their line as "not measured"."""
+    rows: dict[str, Row] = {row["name"]: row for row in report["rows"]}
+    read = report["ceilings"]["read_bytes_per_s"]
+
+    def time(case: Case) -> float | None:
+        return best_seconds(rows[case.name], PLANNED) if case.name in rows else None
+
+    def bandwidth(wanted: list[Case]) -> float | None:
+        """The worst of these cases, as a part of what the GPU reads; None where one of them is missing."""
+        times = [time(case) for case in wanted]
+        if None in times:
+            return None
+        return min(case.workload.min_bytes / t / read for case, t in zip(wanted, times, strict=True))
+
+    def small_pages(page_size: int) -> float | None:
+        """Time over that of pages of 64, the worse of two workloads."""
+        pairs = [(time(Case(w, page_size)), time(Case(w, 64))) for w in (MANY, RAGGED)]
+        return max(small / large for small, large in pairs) if all(None not in pair for pair in pairs) else None
+
+    host = report.get("host_microseconds", {})
+    return [
+        *(
+            Target(f"{what}: worst part of the read bandwidth", bandwidth(PRESETS[preset]()), least)
+            for preset, what, least in READ_BANDWIDTH
+        ),
+        *(Target(f"page {n}, time over page 64", small_pages(n), at_most=1.15) for n in SMALL_PAGES),
+        *(
+            Target(f"host time of {name}", host.get(name), at_most=30.0, unit="us")
+            for name in (OURS_VARLEN_PAGED, OURS_KVCACHE)
+        ),
+    ]
+
+
+def with_kvcache(workload: Workload, inputs: PagedInputs) -> Attention:
+    """The engine's own function over the same pages, q as (batch, tokens, heads, dim)."""
+    from flash_attn_cute import flash_attn_with_kvcache
+
+    q = inputs.q.view(workload.batch, -1, *inputs.q.shape[1:])
+    arguments = {
+        "cache_seqlens": inputs.seqused_k,
+        "page_table": inputs.page_table,
+        "causal": workload.causal,
+        "scheduler_metadata": plan(workload, inputs, 0, packed_q=False),
+    }
+    return lambda: flash_attn_with_kvcache(q, inputs.k, inputs.v, **arguments)
+
+
+def measure_host_time(bench: Bench) -> dict[str, Any]:
+    """Microseconds the host spends in one eager call with a plan made before, on a decode that keeps no GPU busy."""
+    contiguous = AttentionInputs.random(HOST_TIME, bench.device)
+    paged = PagedInputs.scatter(HOST_TIME, contiguous, 64)
+    ours = VARIANTS[0]
+    makers = {
+        OURS_VARLEN: lambda: ours.make(HOST_TIME, contiguous),
+        OURS_VARLEN_PAGED: lambda: ours.make(HOST_TIME, paged),
+        OURS_KVCACHE: lambda: with_kvcache(HOST_TIME, paged),
+    }
+    for peer in bench.peers:
+        if isinstance(peer, ServingFlashAttention4):
+            makers[f"{peer.name}, page 64"] = lambda p=peer: p.make(HOST_TIME, paged.with_valid_entries())
+    candidates, results = run_once(makers, Check(HOST_TIME, contiguous))
+    right = {name: call for name, call in candidates.items() if results[name]["correct"]}
+    seconds = host_seconds_per_call(right, torch.cuda.synchronize)
+    return {
+        "host_microseconds": {name: value * 1e6 for name, value in seconds.items()},
+        "notes": [f"host time of {name}: {found}" for name, found in results.items() if name not in right],
+    }
+
+
+def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
+    rows = report["rows"]
+    names = [*(variant.name for variant in VARIANTS), *peers]
+    read = report["ceilings"]["read_bytes_per_s"] / 1e12
+    lines = []
+    for row in rows:
+        rates = [row["results"].get(name, {}).get("terabytes_per_s") for name in names]
+        best = best_seconds(row, PLANNED)
+        share = row["min_bytes"] / best / 1e12 / read if best else None
+        lines.append([row["name"], *(show.figure(rate) for rate in rates), show.figure(share, "{:.1%}")])
+    found = [
+        show.row_table("Decode (d128, causal, bf16, 32/8 heads where not said)", rows, peers),
+        show.time_table("Microseconds", rows, names),
+        show.Table("TB/s, and ours of the read bandwidth", ["workload", *names, "ours of read"], lines),
+    ]
+    if report.get("host_microseconds"):
+        found.append(show.host_table(report["host_microseconds"]))
+    return found
+
+
+BENCHMARK = Benchmark(
+    name="decode.py",
+    title="Decode over a KV cache",
+    presets=PRESETS | {"all": all_presets},
+    variants=VARIANTS,
+    measure=lambda case, bench: bench.measure(case, VARIANTS),
+    tables=tables,
+    must_show=must_show,
+    extra=measure_host_time,
+)
+
+if __name__ == "__main__":
+    sys.exit(BENCHMARK.main())
