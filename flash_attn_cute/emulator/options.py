@@ -36,7 +36,7 @@ def add_arguments(parser: Any, prefix: str, required: bool) -> None:
         type=_checks,
         default="default",
         metavar="A,B",
-        help=f"checks by name ({', '.join(CHECKS)}), 'default' (all but races and loaded-registers), 'all' or 'none'; "
+        help=f"checks by name ({', '.join(CHECKS)}), 'default' (all but races and tcgen05), 'all' or 'none'; "
         "-NAME leaves one out, as in --check=-uninitialised",
     )
 

@@ -214,6 +214,39 @@ st.shared.b32 [%r8], %r11; //@ store
 """,
         {"commit": ("load", "copy"), "wait": ("load", "copy"), "sync": ("store", "copy")},
     ),
+    "cp.async, several lanes to one place": Program(
+        """
+mov.u32 %r12, 0; shr.u32 %r11, %r0, 3; shl.b32 %r11, %r11, 2; cvt.u64.u32 %rd1, %r11; add.u64 %rd1, %rd1, %rd0;
+add.u32 %r11, %r11, %r1;
+L: cp.async.ca.shared.global [%r11], [%rd1], 4; //@ copy
+{wait|cp.async.wait_all; bar.warp.sync -1;}
+add.u32 %r12, %r12, 1; setp.lt.u32 %p5, %r12, 2; @%p5 bra L;
+""",
+        {"wait": ("copy", "copy")},
+    ),
+    "cp.async, by halves of a warp": Program(
+        """
+mad.wide.u32 %rd1, %r0, 4, %rd0; setp.lt.u32 %p5, %r0, 16; @%p5 bra LOW;
+cp.async.ca.shared.global [%r7], [%rd1], 4; cp.async.wait_all; bra JOIN;
+LOW: cp.async.ca.shared.global [%r7], [%rd1], 4; //@ copy
+{wait|cp.async.wait_all;}
+JOIN: bar.warp.sync -1;
+ld.shared.b32 %r11, [%r9]; //@ load
+""",
+        {"wait": ("load", "copy")},
+    ),
+    "cp.async, what another lane copied": Program(
+        """
+mad.wide.u32 %rd1, %r0, 4, %rd0;
+cp.async.ca.shared.global [%r7], [%rd1], 4; //@ copy
+cp.async.commit_group;
+cp.async.wait_group 0;
+ld.shared.b32 %r11, [%r7];
+{warp|bar.warp.sync -1;}
+ld.shared.b32 %r11, [%r9]; //@ load
+""",
+        {"warp": ("load", "copy")},
+    ),
     "cp.async, arriving on an mbarrier": Program(
         "@%p0 mbarrier.init.shared.b64 [%r2], 64; bar.sync 0;"
         + """

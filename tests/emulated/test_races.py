@@ -8,7 +8,7 @@ from flash_attn_cute.emulator.engine import Engine
 from flash_attn_cute.emulator.launch import CHECKS, SCHEDULES, Allocation, EngineOptions, LaunchRecord
 from tests.emulated.race_programs import PROGRAMS
 
-RACES_ALONE = {"races", "loaded-registers"}
+RACES_ALONE = {"races", "tcgen05"}
 RACES = [(name, missing) for name, program in PROGRAMS.items() for missing in program.missing]
 
 
@@ -59,11 +59,11 @@ def test_races_are_not_looked_for_by_default():
             run(program, "warp", checks=checks)
 
 
-def test_loaded_registers_are_a_check_of_their_own():
+def test_the_letter_of_tensor_memory_is_a_check_of_its_own():
     program = PROGRAMS["tensor memory"]
     run(program, "loaded", checks={"default", "races"})
     with pytest.raises(errors.Race, match="no tcgen05.wait::ld"):
-        run(program, "loaded", checks={"loaded-registers"})
+        run(program, "loaded", checks={"tcgen05"})
 
 
 def test_unknown_checks_are_refused():

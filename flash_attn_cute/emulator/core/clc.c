@@ -26,7 +26,7 @@ static void run_cancel(Machine *m, AsyncOp *op)
             machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line, "the answer's shared address 0x%x", address);
         if (m->races) {
             race_on_barrier(m, cta, barrier & SHARED_OFFSET_MASK);
-            race_touch_shared(m, cta, offset, 16, LANE_NONE, TOUCH_WRITE | TOUCH_ASYNC);
+            race_touch_shared(m, cta, offset, 16, LANE_NONE, TOUCH_WRITE | TOUCH_ASYNC | TOUCH_READS_FENCED);
         }
         memcpy(cta->shared + offset, answer, 16);
         shared_mark(cta, offset, 16);

@@ -14,7 +14,7 @@ static void run_copy(Machine *m, AsyncOp *op)
     if (read)
         memcpy(to, global_span(op->warp, op->in, op->args[1], read, 0), read);
     if (m->races) { /* cp.async belongs to the generic proxy */
-        race_touch(op->warp, SHARED_WINDOW | (uint32_t)op->args[0], size, LANE_NONE, TOUCH_WRITE);
+        race_touch(op->warp, SHARED_WINDOW | (uint32_t)op->args[0], size, (int)op->lane, TOUCH_WRITE);
         if (read)
             race_touch(op->warp, op->args[1], read, LANE_NONE, 0);
     }

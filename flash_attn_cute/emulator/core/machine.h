@@ -163,7 +163,7 @@ typedef enum {
 } FaultKind;
 
 typedef enum { SCHEDULE_IN_ORDER, SCHEDULE_RANDOM, SCHEDULE_DELAYED } Schedule;
-enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16, CHECK_RACES = 32, CHECK_LOADED_REGISTERS = 64 };
+enum { CHECK_BOUNDS = 1, CHECK_UNINITIALISED = 2, CHECK_ALIGNMENT = 4, CHECK_BARRIERS = 8, CHECK_LEAKS = 16, CHECK_RACES = 32, CHECK_TCGEN05 = 64 };
 
 /* Accesses to shared memory by warps: instructions, wavefronts that they took, and how many of those to conflicts of banks. */
 typedef enum { SHARED_LOAD, SHARED_STORE, SHARED_LDMATRIX, SHARED_STMATRIX, SHARED_ACCESSES } SharedAccess;
@@ -366,7 +366,7 @@ uint8_t float_to_e5m2(float f);
 extern const Handler handlers[];
 
 /* The race check's hooks: races.h explains it. Call them only where Machine.races is set. */
-enum { TOUCH_WRITE = 1, TOUCH_STRONG = 2, TOUCH_ASYNC = 4, TOUCH_TENSOR = 8, TOUCH_SCOPE_SHIFT = 4 };
+enum { TOUCH_WRITE = 1, TOUCH_STRONG = 2, TOUCH_ASYNC = 4, TOUCH_TENSOR = 8, TOUCH_SCOPE_SHIFT = 4, TOUCH_READS_FENCED = 64 };
 enum { SCOPE_CTA, SCOPE_CLUSTER, SCOPE_GPU };
 enum { LANE_NONE = -1, LANE_WARP = -2 }; /* instead of a lane: an asynchronous operation; the warp as a whole */
 typedef enum {
@@ -389,6 +389,8 @@ void race_product_registers(Warp *w, const Instr *in, int sums);
 void race_loaded_registers(Warp *w, const Instr *in);
 void race_warp_sync(Warp *w, uint32_t members);
 void race_begin_warp(Warp *w, const Instr *in, uint32_t mask);
+void race_free_columns(Warp *w, const Instr *in, uint32_t column, uint32_t count);
+void race_take_columns(Cta *cta, uint32_t column, uint32_t count);
 void race_begin_tensor(Warp *w, const Instr *in, int loading);
 void race_touch_shared(Machine *m, Cta *cta, uint32_t offset, uint32_t size, int lane, uint32_t flags);
 void race_touch_global(Machine *m, uint64_t address, uint64_t size, int lane, uint32_t flags);

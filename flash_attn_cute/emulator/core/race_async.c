@@ -130,6 +130,7 @@ static void fence_proxy(Warp *w, uint32_t mask)
     Known self = race_self(w, mask);
     clock_join(&to->async, &to->generic);
     known_join(clock_at(&to->async, rw->self), self);
+    race_tell_copies(w, mask, &to->async);
     for (uint32_t k = 0; k < to->foreign_count; k++)
         view_fence_foreign(to, k);
     if (to == &rw->all && rw->some_lanes)
@@ -192,4 +193,19 @@ void race_begin_tensor(Warp *w, const Instr *in, int loading)
     who->record.unit = (uint8_t)unit;
     who->record.actor = race_unit(w, unit);
     who->record.clock = ++w->race->issued[unit];
+}
+
+/* tcgen05.dealloc: whoever used the columns has to be done, as if they were written once more. */
+void race_free_columns(Warp *w, const Instr *in, uint32_t column, uint32_t count)
+{
+    race_begin_warp(w, in, FULL_MASK);
+    for (uint32_t lane = 0; lane < TMEM_LANES; lane += 16)
+        race_touch_tensor(w->machine, w->cta, lane, column, count, TOUCH_WRITE);
+}
+
+/* tcgen05.alloc: what was done with them before they were freed does not matter any more. */
+void race_take_columns(Cta *cta, uint32_t column, uint32_t count)
+{
+    for (uint32_t lane = 0; lane < TMEM_LANES; lane += 16)
+        race_forget(cta->machine->races, cta->race->tensor_cells + lane / 16 * TMEM_COLUMNS + column, count);
 }

@@ -34,7 +34,7 @@ void race_registers(Warp *w, const Instr *in)
         if (r->product > completed(&rw->all.generic, rw->units[UNIT_WGMMA]))
             report(w, in, r->product_line, UNIT_WGMMA, "a register of a wgmma", "; no wgmma.wait_group stands between");
         if (r->loading > completed(&rw->all.tensor, rw->units[UNIT_TENSOR_LOAD])) {
-            if (w->machine->checks & CHECK_LOADED_REGISTERS)
+            if (w->machine->checks & CHECK_TCGEN05)
                 report(w, in, r->loading_line, UNIT_TENSOR_LOAD, "a register of a tcgen05.ld", "; no tcgen05.wait::ld stands between");
             race_wait_tensor(w, UNIT_TENSOR_LOAD, r->loading);
         }

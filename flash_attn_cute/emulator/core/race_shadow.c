@@ -91,7 +91,8 @@ static int morally_strong(const Record *a, const Record *b, uint32_t flags)
 {
     if (!(a->flags & flags & TOUCH_STRONG))
         return 0;
-    uint32_t scope = a->flags >> 4 < flags >> 4 ? a->flags >> 4 : flags >> 4;
+    uint32_t scope = a->flags >> TOUCH_SCOPE_SHIFT & 3, other = flags >> TOUCH_SCOPE_SHIFT & 3;
+    scope = scope < other ? scope : other;
     return scope >= SCOPE_GPU || (a->cluster == b->cluster && (scope == SCOPE_CLUSTER || a->rank == b->rank));
 }
 
@@ -103,8 +104,17 @@ static int same_operation(const Record *a, const Record *b)
 /* Something that lanes of the warp did, of which those that access memory now need not know. */
 static int unknown_lane(const Accessor *who, const Record *r)
 {
+    if (who->own && race_own_copy(who, r))
+        return 1;
     return who->own && r->actor == who->record.actor && r->cluster == who->record.cluster && r->clock > who->self.all &&
            !(r->clock <= who->self.some && !(r->lanes & ~who->self.lanes));
+}
+
+/* Lanes of one cp.async, which number their copies one after the other, may copy the same to one place. */
+static int same_copy(const Record *a, const Record *b)
+{
+    return a->unit == UNIT_CP_ASYNC && b->unit == UNIT_CP_ASYNC && a->actor == b->actor && a->cluster == b->cluster &&
+           a->line == b->line && b->lanes > a->lanes && b->clock - a->clock <= (uint32_t)(__builtin_ctz(b->lanes) - __builtin_ctz(a->lanes));
 }
 
 typedef struct { Machine *m; uint32_t flags; const char *where; uint64_t address; Cta *cta; } Touch;
@@ -149,7 +159,7 @@ static Transition transition(const Touch *touch, uint32_t from, uint8_t bytes)
             complete = !(bytes & ~r->bytes);
             out.pending |= write ? 0 : PENDING_READ;
         } else if (r->bytes & bytes) {
-            int strong = morally_strong(r, &who->record, flags);
+            int strong = morally_strong(r, &who->record, flags) || same_copy(r, &who->record);
             if (unknown_lane(who, r) && !strong) /* which lane it was decides: check_lanes */
                 out.pending |= r->flags & TOUCH_WRITE ? PENDING_WRITE : PENDING_READ;
             else {

@@ -56,6 +56,7 @@ void race_warp_sync(Warp *w, uint32_t members)
         view_join(&rw->all, &rw->some);
         rw->some_lanes = 0;
     }
+    race_tell_copies(w, FULL_MASK, &rw->all.generic);
     clock_at(&rw->all.generic, rw->self)->all = rw->now++;
 }
 
@@ -67,7 +68,27 @@ void race_release(Warp *w, uint32_t mask, View *into)
     view_join_memory(into, from);
     clock_join(&into->tensor, w->machine->races->tables.before_fences ? &rw->tensor_said : &from->tensor);
     known_join(clock_at(&into->generic, rw->self), race_self(w, mask));
+    race_tell_copies(w, mask, &into->generic);
     rw->now++;
+}
+
+/* What these lanes copied with cp.async and waited for. */
+void race_tell_copies(Warp *w, uint32_t mask, Clock *to)
+{
+    Known known = w->race->copied;
+    if (!known.some)
+        return;
+    known.lanes &= mask;
+    known_join(clock_at(to, race_unit(w, UNIT_CP_ASYNC)), known);
+}
+
+/* Has the executing lane's own wait made this copy known, if it was this lane's? */
+int race_own_copy(const Accessor *who, const Record *then)
+{
+    const RaceWarp *rw = who->warp->race;
+    return then->unit == UNIT_CP_ASYNC && then->actor == rw->units[UNIT_CP_ASYNC] && then->cluster == who->record.cluster &&
+           then->clock <= rw->copied.some && !(then->lanes & ~rw->copied.lanes) &&
+           !clock_knows(&who->view->generic, then->actor, then->clock, then->lanes);
 }
 
 void race_acquire(Warp *w, uint32_t mask, const View *from)
@@ -114,12 +135,18 @@ void race_know_unit(Warp *w, uint32_t mask, Unit unit, uint32_t clock)
     RaceWarp *rw = w->race;
     uint32_t actor = race_unit(w, unit);
     int all = whole(w, mask);
+    if (unit == UNIT_CP_ASYNC) {
+        /* One time for all lanes: what lanes on other paths waited for is taken to reach as far. */
+        int again = clock > rw->copied.some && (rw->copied.lanes & mask);
+        rw->copied.lanes = again ? mask : rw->copied.lanes | mask;
+        rw->copied.some = clock > rw->copied.some ? clock : rw->copied.some;
+        return;
+    }
     Known known = all ? (Known){clock, 0, 0} : (Known){0, clock, mask};
     View *views[2] = {race_lanes_view(w, mask), all && rw->some_lanes ? &rw->some : NULL};
     for (int k = 0; k < 2 && views[k]; k++) {
         known_join(clock_at(&views[k]->generic, actor), known);
-        if (unit != UNIT_CP_ASYNC) /* cp.async writes through the generic proxy */
-            known_join(clock_at(&views[k]->async, actor), known);
+        known_join(clock_at(&views[k]->async, actor), known);
     }
 }
 
@@ -141,11 +168,15 @@ int race_ordered(const Accessor *who, const Record *then, uint32_t flags)
         /* Products and copies of one issuing thread form a pipeline (PTX ISA, "Pipelined tcgen05 Instructions"). */
         if (then->cluster == cluster && then->actor == who->record.actor && then->unit == UNIT_TENSOR)
             return 1;
-        return clock_knows(&who->view->tensor, then->actor, then->clock, then->lanes);
+        /* Freeing columns is no operation that fences of tcgen05 order; completion has to be known all the same. */
+        return clock_knows(who->own ? &who->view->generic : &who->view->tensor, then->actor, then->clock, then->lanes);
     }
-    /* What read through the generic proxy is over when it is known; what was written has to be fenced for the async proxy. */
-    int fence = (flags & TOUCH_ASYNC) && !(then->flags & TOUCH_ASYNC) && (then->flags & TOUCH_WRITE);
-    if (!fence && then->cluster == cluster && then->actor == who->warp->race->self)
+    /* What read through the generic proxy is over when it is known; what was written has to be fenced for the async proxy, and
+     * so have reads of an answer before clusterlaunchcontrol.try_cancel writes the next one. */
+    int fence = (flags & TOUCH_ASYNC) && !(then->flags & TOUCH_ASYNC) && ((then->flags & TOUCH_WRITE) || (flags & TOUCH_READS_FENCED));
+    if (fence && !view_knows(who->view, cluster, then, 1))
+        return 0;
+    if (then->cluster == cluster && then->actor == who->warp->race->self)
         return then->clock <= who->self.all || (then->clock <= who->self.some && !(then->lanes & ~who->self.lanes));
-    return view_knows(who->view, cluster, then, fence);
+    return view_knows(who->view, cluster, then, 0);
 }

@@ -9,6 +9,8 @@ void race_create(Machine *m, const RaceTables *tables)
 {
     m->races = calloc(1, sizeof *m->races);
     m->races->tables = *tables;
+    if (m->checks & CHECK_TCGEN05)
+        m->races->tables.before_fences = m->races->tables.after_fences = 1;
     race_begin(m->races);
 }
 

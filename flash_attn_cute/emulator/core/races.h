@@ -51,6 +51,7 @@ typedef struct RaceWarp {
     uint32_t units[UNIT_COUNT], issued[UNIT_COUNT];
     View all, some; /* what every lane knows, of the other lanes too; what some_lanes know */
     uint32_t some_lanes;
+    Known copied;         /* cp.async that lanes have waited for, each for its own: to the others known when they synchronise */
     View fenced, observed; /* at the last fence.acq_rel; what relaxed reads saw and the next such fence will make known */
     int32_t fence_scope;
     Clock tensor_seen, tensor_said; /* behind the next fence::after_thread_sync; in front of the last fence::before_thread_sync */
@@ -154,6 +155,8 @@ void race_acquire(Warp *w, uint32_t mask, const View *from);
 uint32_t race_unit(Warp *w, Unit unit);
 void race_know_unit(Warp *w, uint32_t mask, Unit unit, uint32_t clock);
 Known race_self(const Warp *w, uint32_t mask);
+int race_own_copy(const Accessor *who, const Record *then);
+void race_tell_copies(Warp *w, uint32_t mask, Clock *to);
 int race_ordered(const Accessor *who, const Record *then, uint32_t flags);
 
 /* race_barriers.c */

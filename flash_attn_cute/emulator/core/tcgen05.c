@@ -71,6 +71,7 @@ void op_tcgen05_alloc(Warp *w, const Instr *in, uint32_t mask)
         memset(cta->tmem_owner + first, (int)(first / 32 + 1), count);
         memcpy(shared_write(w, in, address, 4), &first, 4);
         if (w->machine->races) {
+            race_take_columns(cta, first, count);
             race_begin_warp(w, in, mask);
             race_touch(w, SHARED_WINDOW | address, 4, LANE_WARP, TOUCH_WRITE);
         }
@@ -91,6 +92,8 @@ void op_tcgen05_dealloc(Warp *w, const Instr *in, uint32_t mask)
     for (uint32_t c = first; c < first + count; c++)
         if (w->cta->tmem_owner[c] != first / 32 + 1)
             fault(w, in, FAULT_OUT_OF_BOUNDS, "columns %u to %u were not allocated together", first, first + count - 1);
+    if (w->machine->races)
+        race_free_columns(w, in, first, count);
     memset(w->cta->tmem_owner + first, 0, count);
     for (uint32_t lane = 0; lane < TMEM_LANES; lane++)
         memset(w->cta->tmem_written + (size_t)lane * TMEM_COLUMNS + first, 0, count);
