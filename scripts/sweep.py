@@ -6,11 +6,11 @@
     python scripts/sweep.py --list                # the steps, and which of them are done
     python scripts/sweep.py --restart             # forget what has been measured
 
-Each benchmark runs in a process of its own and leaves its files in a folder of --state. A step is done, and is not run
-again, once it has ended well for the same commit, GPU and command; where tracked files differ from the commit, nothing
-counts as done. The page is <date>-<gpu>.md in --output, with a plot a step (needs matplotlib, which the extra `bench`
-brings): first every step's list of what it must show, then its tables. Exits with 1 if a step failed, or one of our own
-calls in it did.
+Each benchmark runs in a process of its own and leaves its files in a folder of --state. A step is done, and is not
+run again, once it has ended well for the same commit, GPU and command; where tracked files differ from the commit,
+every sweep begins anew. The page is <date>-<gpu>.md in --output, with a plot a step (needs matplotlib, which the extra
+`bench` brings): first every step's list of what it must show, then its tables. Exits with 1 if a step failed, or one of
+our own calls in it did.
 """
 
 from __future__ import annotations
@@ -213,9 +213,9 @@ def main(arguments: Sequence[str] | None = None, steps: tuple[Step, ...] = STEPS
 
 def run_all(sweep: Sweep, wanted: list[Step], output: Path, restart: bool = False) -> int:
     """Runs what is not done, then writes the page: also where a step failed or the sweep was stopped."""
-    if restart:
-        for step in wanted:
-            shutil.rmtree(sweep.folder(step), ignore_errors=True)
+    # Results of files that differ from their commit would be taken for those of other such files.
+    for step in sweep.steps if not sweep.measured.can_be_found_again else wanted if restart else ():
+        shutil.rmtree(sweep.folder(step), ignore_errors=True)
     failed = []
     try:
         for step in wanted:

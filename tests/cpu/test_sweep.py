@@ -104,6 +104,9 @@ def test_without_a_commit_to_trust_nothing_is_done(fakes, commit):
     assert fakes.sweep(measured) == fakes.sweep(measured) == 0
     assert fakes.runs == (2, 2)
     assert "tables of run 2" in fakes.page
+    made = sweep.Sweep(fakes.steps, measured, fakes.folder / "state")
+    assert sweep.run_all(made, [fakes.steps[1]], fakes.folder / "results") == 0
+    assert "Not measured: one." in fakes.page
 
 
 def test_restart_forgets(fakes):
