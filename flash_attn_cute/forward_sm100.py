@@ -300,12 +300,14 @@ class ForwardSm100:
 
         q = tiles(operands.q)
         kv = smem.allocate_array(dtype, tile.kv_stages * tile.stage_elements, byte_alignment=1024)
+        out = tiles(operands.out, q.iterator if tile.output_over_queries else None)
+        # Behind all tiles: what is between two of them costs the 1024 bytes to which the second is aligned.
         slots = table(MAILBOX_STAGES, Int32, MAILBOX_WORDS)
         return Shared(
             q,
             tiles(operands.k, kv),
             tiles(operands.v, kv),
-            tiles(operands.out, q.iterator if tile.output_over_queries else None),
+            out,
             table(2),
             table(tile.query_tiles),
             TileMailbox(slots, ring(MAILBOX_STAGES), readers=self.mailbox_readers),

@@ -192,6 +192,30 @@ def test_failures_come_back_as_they_were_raised(tmp_path):
     assert "KeyError: 'of the program'" in run(program, tmp_path, code=1)
 
 
+def test_more_shared_memory_than_there_is_is_refused(tmp_path):
+    program = """
+    import cutlass.cute as cute
+    from flash_attn_cute.emulator import EmulatorError
+
+    @cute.kernel
+    def kernel():
+        pass
+
+    @cute.jit
+    def host(size: cute.Int32):
+        kernel().launch(grid=[1, 1, 1], block=[32, 1, 1], smem=size)
+
+    host(227 * 1024)
+    try:
+        host(227 * 1024 + 16)
+    except EmulatorError as error:
+        assert "takes 232448 in all" in str(error), error
+    else:
+        raise AssertionError("the launch went through")
+    """
+    run(program, tmp_path)
+
+
 def test_graphs_replay_launches(tmp_path):
     program = (
         SCALE
