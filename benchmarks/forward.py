@@ -121,9 +121,8 @@ def finish(report: dict[str, Any], peers: list[str], options: argparse.Namespace
     """Prints the tables, writes the files asked for, and says whether our own rows all stand."""
     rows = report["rows"]
     candidates = [OURS.name, *peers]
-    targets = forward_targets(rows, report["host_microseconds"])
     report["summary"] = summarise(rows, peers)
-    report["targets"] = [target.as_json() for target in targets]
+    report["targets"] = [target.as_json() for target in forward_targets(rows, report["host_microseconds"])]
     tables = [
         show.row_table("Forward", rows, peers),
         show.rate_table(rows, candidates),
@@ -131,7 +130,7 @@ def finish(report: dict[str, Any], peers: list[str], options: argparse.Namespace
     ]
     if report["host_microseconds"]:
         tables.append(show.host_table(report["host_microseconds"]))
-    tables.append(show.target_table(targets))
+    tables.append(show.target_table(report["targets"]))
     for table in tables:
         print()
         table.print()

@@ -78,5 +78,6 @@ class PagedInputs:
         }
 
     def with_valid_entries(self) -> PagedInputs:
-        """For implementations that promise nothing about an entry of -1: it is page 0 there."""
-        return replace(self, page_table=self.page_table.clamp(min=0))
+        """For implementations that promise nothing about an entry of -1: it is a page in use there, without NaN."""
+        in_use = self.page_table.max().clamp(min=0)
+        return replace(self, page_table=self.page_table.where(self.page_table >= 0, in_use))

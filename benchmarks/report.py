@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Row, ratio
-from benchmarks.targets import Target
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,10 @@ def summary_table(summary: list[dict[str, Any]]) -> Table:
     return Table("Geometric mean of peer time over ours", ["group", "peer", "rows", "geomean"], lines)
 
 
-def target_table(targets: list[Target]) -> Table:
-    lines = [[t.what, f"{figure(t.figure, '{:.3f}')} {t.unit}", t.goal, t.verdict] for t in targets]
-    return Table("Must show", ["what", "figure", "goal", "verdict"], lines)
+def target_table(targets: list[dict[str, Any]], title: str = "Must show") -> Table:
+    """Of targets as result files hold them."""
+    lines = [[t["what"], f"{figure(t['figure'], '{:.3f}')} {t['unit']}", t["goal"], t["verdict"]] for t in targets]
+    return Table(title, ["what", "figure", "goal", "verdict"], lines)
 
 
 def host_table(host_microseconds: dict[str, float]) -> Table:
@@ -221,7 +221,7 @@ def write_bars(path: Path, report: dict[str, Any], candidates: list[str], bars: 
     axes.set_xticklabels([row["name"] for row in rows], rotation=40, ha="right", fontsize=8)
     axes.set_ylabel(bars.label)
     axes.set_title(f"{report['provenance']['gpu']}, {report['provenance']['date']}", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure_.tight_layout()
     figure_.savefig(path, dpi=150)
     plt.close(figure_)

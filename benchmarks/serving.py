@@ -160,9 +160,8 @@ class Benchmark:
 
     def finish(self, report: dict[str, Any], peers: list[str], options: argparse.Namespace) -> int:
         """Prints the tables, writes the files asked for, and says whether our own rows all stand."""
-        targets = self.must_show(report)
-        report["targets"] = [target.as_json() for target in targets]
-        tables = [*self.tables(report, peers), show.target_table(targets)]
+        report["targets"] = [target.as_json() for target in self.must_show(report)]
+        tables = [*self.tables(report, peers), show.target_table(report["targets"])]
         for table in tables:
             print()
             table.print()

@@ -146,12 +146,11 @@ def finish(report: dict[str, Any], ceilings: Ceilings, options: argparse.Namespa
     """Prints the tables, writes the files asked for, and says whether our own variants all stand."""
     rows, planner = report["rows"], report["planner_microseconds"]
     names = [FLASH_ATTN_4, *(variant.name for variant in VARIANTS)]
-    targets = must_show(rows, planner, ceilings)
-    report["targets"] = [target.as_json() for target in targets]
+    report["targets"] = [target.as_json() for target in must_show(rows, planner, ceilings)]
     tables = [
         show.time_table("Microseconds by pattern (32/8 heads, d128, causal, bf16)", rows, names),
         show.Table("The planner's own time", ["sequences", "us"], [[str(b), f"{t:.2f}"] for b, t in planner.items()]),
-        show.target_table(targets),
+        show.target_table(report["targets"]),
     ]
     for table in tables:
         print()

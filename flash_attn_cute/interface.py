@@ -149,7 +149,7 @@ def flash_attn_varlen_func(
         pack_gqa,
         deterministic,
         scheduler,
-        _what_decides(scheduler_metadata),
+        what_decides(scheduler_metadata),
         return_lse,
         backend,
     )
@@ -178,7 +178,7 @@ def flash_attn_varlen_func(
     return (out, lse) if return_lse else out
 
 
-def _what_decides(scheduler_metadata: Any) -> Any:
+def what_decides(scheduler_metadata: Any) -> Any:
     """What of the argument is part of a call's signature."""
     if isinstance(scheduler_metadata, SchedulerMetadata):
         return scheduler_metadata.shape, scheduler_metadata.device
@@ -316,6 +316,17 @@ def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple
     return (None, f"{architecture} kernel: {reason}") if reason else (backend, None)
 
 
+def choose(problem: Problem, backend: str, q: Tensor) -> str:
+    """What computes the problem where q is: "cute", "emulator" or "reference".
+
+    Raises NotImplementedError where nothing does that `backend` allows.
+    """
+    chosen, reason = _choose(problem, backend, _capability_of(q))
+    if chosen is None:
+        raise NotImplementedError(reason)
+    return chosen
+
+
 def _attend(
     tensors: AttentionTensors,
     problem: Problem,
@@ -323,9 +334,7 @@ def _attend(
     metadata: SchedulerMetadata | bool | None,
     signature: tuple | None,
 ) -> tuple[Tensor, Tensor | None]:
-    chosen, reason = _choose(problem, backend, _capability_of(tensors.q))
-    if chosen is None:
-        raise NotImplementedError(reason)
+    chosen = choose(problem, backend, tensors.q)
     if chosen == "reference":
         from flash_attn_cute.reference import attention_reference
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -20,26 +22,35 @@ def architecture() -> str:
     return DEFAULT_ARCHITECTURE if session is None else session.arch
 
 
+def session() -> contextlib.AbstractContextManager:
+    """The session in progress, or one for Hopper that ends with the block.
+
+    Raises EmulatorError if the DSL was imported before by something that meant to use a real GPU.
+    """
+    return contextlib.nullcontext() if current_session() is not None else emulate(DEFAULT_ARCHITECTURE)
+
+
+def to_device(value: Any) -> Any:
+    """A tensor, or the tensors of a plan, on the emulated GPU; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.cuda()
+    if isinstance(value, SchedulerMetadata):
+        return dataclasses.replace(
+            value, **{name: x.cuda() for name, x in vars(value).items() if isinstance(x, Tensor)}
+        )
+    return value
+
+
 def run(
     tensors: AttentionTensors, problem: Problem, metadata: SchedulerMetadata | bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(out, lse) on the CPU. The caller has asked `launch.unsupported`.
 
-    Raises EmulatorError if the DSL was imported before by something that meant to use a real GPU, or if a check fires.
+    Raises EmulatorError as `session` does, or if a check fires.
     """
-    if current_session() is not None:
-        return _run_in_session(tensors, problem, metadata)
-    with emulate(DEFAULT_ARCHITECTURE):
-        return _run_in_session(tensors, problem, metadata)
-
-
-def _run_in_session(
-    tensors: AttentionTensors, problem: Problem, metadata: SchedulerMetadata | bool | None
-) -> tuple[Tensor, Tensor | None]:
-    on_device = AttentionTensors(*(None if tensor is None else tensor.cuda() for tensor in tensors))
-    if metadata:
-        moved = {name: x.cuda() for name, x in vars(metadata).items() if isinstance(x, Tensor)}
-        metadata = dataclasses.replace(metadata, **moved)
-    out, lse = launch.PreparedLaunch.of(on_device, problem, metadata).run(on_device, metadata)
-    out = out.cpu() if tensors.out is None else tensors.out.copy_(out.cpu())
-    return out, None if lse is None else lse.cpu()
+    with session():
+        on_device = AttentionTensors(*map(to_device, tensors))
+        metadata = to_device(metadata)
+        out, lse = launch.PreparedLaunch.of(on_device, problem, metadata).run(on_device, metadata)
+        out = out.cpu() if tensors.out is None else tensors.out.copy_(out.cpu())
+        return out, None if lse is None else lse.cpu()

@@ -209,7 +209,7 @@ def test_more_shared_memory_than_there_is_is_refused(tmp_path):
     try:
         host(227 * 1024 + 16)
     except EmulatorError as error:
-        assert "takes 232448 in all" in str(error), error
+        assert "of 232448 in all" in str(error), error
     else:
         raise AssertionError("the launch went through")
     """

@@ -1,0 +1,161 @@
+"""What the kernels that write a cache have to do on any architecture; test_kv_cache_sm*.py run it on theirs."""
+
+import pytest
+import torch
+
+from flash_attn_cute import kv_cache_reference, store_kv_cache
+from flash_attn_cute.kv_cache_arguments import KvCacheTensors, check
+from flash_attn_cute.launch_append_kv import PreparedAppend
+from tests.kv_cache_cases import CacheCase, assert_same_rows, build, on_device
+
+SCHEDULES = ["in-order", "random", "delayed"]
+
+RAGGED = CacheCase(cached=[3, 0, 40, 7, 63], new_k=[5, 1, 20, 0, 1], new_q=[5, 1, 20, 0, 1], head_dim_v=32)
+CASES = {
+    "packed, interleaved rotary of some dimensions": (RAGGED._replace(rotary_dim=32, view="fused"), True, True),
+    "packed, rotary by halves, fp32 tables, K and V in one tensor": (
+        RAGGED._replace(
+            rotary_dim=64, head_dim_v=64, dtype=torch.float16, rotary_dtype=torch.float32, interleaved_kv=True
+        ),
+        False,
+        True,
+    ),
+    "batched, all queries at one position": (
+        CacheCase([9, 0, 31], [2, 2, 2], [3, 3, 3], packed_q=False, packed_k=False, rotary_dim=16, heads=2),
+        True,
+        False,
+    ),
+    "rows of the cache by index, addresses that are no multiples of 16 bytes": (
+        RAGGED._replace(page_size=None, packed_q=False, new_q=[1] * 5, view="odd"),
+        True,
+        True,
+    ),
+    "rotary over odd addresses": (RAGGED._replace(rotary_dim=32, view="odd"), False, True),
+}
+
+
+def append(tensors: KvCacheTensors, interleaved: bool = True, causal: bool = True):
+    """The kernel, and the specification on copies: ((tensors, q, lengths) of each)."""
+    expected = on_device(tensors, "cpu")
+    problem, rotary = check(tensors, interleaved, causal=causal)
+    got = tensors, *PreparedAppend.of(tensors, rotary, problem.batch_size).run(tensors)
+    return got, (expected, *kv_cache_reference.append(expected, rotary))
+
+
+def assert_same(got, expected):
+    """What is copied is equal, NaN included, so nothing else of the cache was written."""
+    (tensors, q, lengths), (expected_tensors, expected_q, expected_lengths) = got, expected
+    rotates = tensors.rotary_cos is not None
+    assert torch.equal(lengths.cpu(), expected_lengths)
+    assert_same_rows(tensors.v_cache, expected_tensors.v_cache, rotated=False)
+    assert_same_rows(tensors.k_cache, expected_tensors.k_cache, rotated=rotates)
+    assert_same_rows(q, expected_q, rotated=rotates)
+    assert rotates or q is tensors.q
+
+
+PAGE_SIZES = (1, 3, 16, 64)
+
+
+@pytest.mark.parametrize(
+    "name, page_size",
+    [(name, size) for name, (case, *_) in CASES.items() for size in (PAGE_SIZES if case.page_size else [None])],
+)
+def test_append_equals_the_reference(emulation, name, page_size):
+    case, interleaved, causal = CASES[name]
+    for seed, schedule in enumerate(SCHEDULES):
+        emulation.reschedule(schedule, seed=seed)
+        assert_same(*append(build(case._replace(page_size=page_size), "cuda", seed), interleaved, causal))
+    emulation.reschedule("in-order")
+
+
+def test_rotary_may_begin_elsewhere(emulation):
+    tensors = build(RAGGED._replace(rotary_dim=32), "cuda")
+    starts = torch.tensor([11, 0, 3, 60, 2], dtype=torch.int32, device="cuda")
+    assert_same(*append(tensors._replace(rotary_seqlens=starts), interleaved=False))
+
+
+def test_empty_slots_of_a_batch_are_left_alone(emulation):
+    """A graph that was captured for four sequences has two: no pages, no used length, whatever rows there are."""
+    tensors = build(CacheCase([16, 5, 0, 0], [1] * 4, [1] * 4, packed_q=False, packed_k=False), "cuda")
+    tensors.page_table[2:] = -1
+    got, expected = append(tensors)
+    assert_same(got, expected)
+    assert got[2].tolist() == [17, 6, 0, 0]
+
+    tensors = build(CacheCase([4, 0], [1] * 2, [1] * 2, packed_q=False, packed_k=False, page_size=None), "cuda")
+    tensors.cache_batch_idx[1] = -1
+    got, expected = append(tensors)
+    assert_same(got, expected)
+    assert got[2].tolist() == [5, 0]
+
+
+def test_tokens_of_no_sequence(emulation):
+    """Rows behind the last sequence: queries are copied, keys are not written."""
+    tensors = build(RAGGED._replace(rotary_dim=32), "cuda")
+    shorter = torch.tensor([0, 5, 6, 20, 20, 20], dtype=torch.int32, device="cuda")
+    got, expected = append(tensors._replace(cu_seqlens_q=shorter, cu_seqlens_k_new=shorter))
+    assert_same(got, expected)
+    assert torch.equal(got[1][20:], tensors.q[20:])
+
+
+def test_what_has_no_place_is_not_written(emulation):
+    """The reference takes these for errors; a kernel leaves them out, and never writes outside the cache."""
+    case = CacheCase([14, 30, 2], [4] * 3, [4] * 3, packed_q=False, packed_k=False, rotary_dim=16)
+    tensors = build(case, "cuda")
+    tensors = tensors._replace(page_table=tensors.page_table[:, :2].contiguous())  # room for 32
+    tensors.page_table[0, 1] = -1
+    tensors.page_table[2, 0] = 2**31 - 1
+    before = on_device(tensors, "cpu")
+    problem, rotary = check(tensors, True, causal=True)
+    _, lengths = PreparedAppend.of(tensors, rotary, 3).run(tensors)
+    assert lengths.tolist() == [18, 32, 2]
+    written = (before.v_cache.isnan() & ~tensors.v_cache.cpu().isnan()).all(-1).all(-1)
+    places = {tuple(place) for place in written.nonzero().tolist()}
+    table = tensors.page_table.tolist()
+    assert places == {(table[0][0], 14), (table[0][0], 15), (table[1][1], 14), (table[1][1], 15)}
+
+
+def test_positions_that_the_tables_lack_are_nan(emulation):
+    tensors = build(CacheCase([6, 2], [2] * 2, [2] * 2, packed_q=False, packed_k=False, rotary_dim=16), "cuda")
+    tensors = tensors._replace(rotary_cos=tensors.rotary_cos[:7], rotary_sin=tensors.rotary_sin[:7])
+    problem, rotary = check(tensors, True, causal=True)
+    q, _ = PreparedAppend.of(tensors, rotary, 2).run(tensors)
+    beyond = torch.zeros(2, 2, 4, 64, dtype=torch.bool, device="cuda")
+    beyond[0, 1, :, :16] = True
+    assert torch.equal(q.isnan(), beyond)
+
+
+@pytest.mark.parametrize("queries, new", [(0, 0), (3, 0), (0, 3)])
+def test_no_tokens_of_a_kind(emulation, queries, new):
+    """Lengths are written all the same."""
+    case = CacheCase([5, 0], [new] * 2, [queries] * 2, packed_q=False, packed_k=False, rotary_dim=16)
+    got, expected = append(build(case, "cuda"))
+    assert_same(got, expected)
+    assert got[2].tolist() == [5 + new, new]
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("dtype, integers", [(torch.bfloat16, torch.int64), (torch.float16, torch.int32)])
+@pytest.mark.parametrize("interleaved_kv", [False, True])
+def test_store_writes_its_slots_alone(emulation, page_size, dtype, integers, interleaved_kv):
+    case = CacheCase(
+        [0], [29], [0], page_size, head_dim_v=96, dtype=dtype, interleaved_kv=interleaved_kv, view="fused", kv_heads=3
+    )
+    tensors = build(case, "cuda")
+    expected = on_device(tensors, "cpu")
+    slots = torch.randperm(tensors.k_cache.shape[0] * page_size, generator=torch.Generator().manual_seed(1))[:26]
+    slots[[3, 25]] = -1
+    slots = slots.to(integers)
+    store_kv_cache(*tensors[3:5], *tensors[1:3], slots.cuda(), backend="cute")
+    kv_cache_reference.store(*expected[3:5], *expected[1:3], slots)
+    assert_same_rows(tensors.k_cache, expected.k_cache, rotated=False)
+    assert_same_rows(tensors.v_cache, expected.v_cache, rotated=False)
+    assert not expected.k_cache.isnan().all()
+
+
+def test_store_nowhere_and_outside(emulation):
+    tensors = build(CacheCase([0], [4], [0], 16), "cuda")
+    for slots in ([], [-1, -7], [32 * 16, 2**31 - 1, -(2**31)]):
+        mapping = torch.tensor(slots, dtype=torch.int32, device="cuda")
+        store_kv_cache(*tensors[3:5], *tensors[1:3], mapping, backend="cute")
+    assert tensors.k_cache.isnan().all() and tensors.v_cache.isnan().all()
