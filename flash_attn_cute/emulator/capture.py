@@ -129,9 +129,7 @@ class Capture:
         ptx, entry = self._source(kernel)
         room = self.device.shared_memory_per_block_optin
         if parameters.static_shared_bytes(ptx) + dynamic_smem > room:
-            raise EmulatorError(
-                f"{entry}: launched with {dynamic_smem} bytes of dynamic shared memory, of {room} in all"
-            )
+            raise EmulatorError(f"{entry}: asks for {dynamic_smem} dynamic bytes of shared memory, of {room} in all")
         params = _gather(parameters.layout(ptx, entry), arguments)
         record = LaunchRecord(
             ptx=ptx,
