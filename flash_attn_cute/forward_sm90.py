@@ -23,6 +23,7 @@ from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
+from flash_attn_cute.device.paged_kv import PagedTileLoader, RowGatherer, page_view
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.scheduling_warp import schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
@@ -31,7 +32,9 @@ from flash_attn_cute.forward_spec import (
     ForwardScalars,
     ForwardSpec,
     ForwardTensors,
+    cache_row,
     kv_range,
+    page_table,
     seqlen_source,
     tile_order,
     window_of,
@@ -44,18 +47,34 @@ from flash_attn_cute.tile_scheduler import (
     WorkTile,
 )
 
-WARPGROUP = 128
+WARP, WARPGROUP = 32, 128
 LOAD_WARP, SCHEDULE_WARP = 0, 1
+# Where keys are gathered, the producer's other two warps do that: an address a row is work.
+FIRST_GATHER_WARP, GATHER_WARPS = 2, 2
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
 
 class Operand(NamedTuple):
-    """One TMA-loaded operand: the copy, its coordinate tensor, and where it lands."""
+    """One operand: the TMA copy, its coordinate tensor, and where it lands. Without a copy, the tensor itself."""
 
-    atom: cute.CopyAtom
+    atom: cute.CopyAtom | None
     source: cute.Tensor
     smem_layout: cute.ComposedLayout
+
+
+class Operands(NamedTuple):
+    q: Operand
+    k: Operand
+    v: Operand
+
+
+class Stages(NamedTuple):
+    """Shared memory: (rows, columns, stages) of each operand."""
+
+    q: cute.Tensor
+    k: cute.Tensor
+    v: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,7 @@ class ForwardSm90:
         tile = spec.tile
         self.threads = WARPGROUP * (tile.consumers + 1)
         self.consumer_warps = 4 * tile.consumers
+        self.loading_warps = 1 + GATHER_WARPS if spec.gathers else 1
         # Turns pay where softmax is a large part of a step. With wide heads the products dominate, and warpgroups that
         # issue whenever they can keep the tensor cores busier.
         self.take_turns = tile.consumers > 1 and tile.head_dim <= 128
@@ -111,17 +131,26 @@ class ForwardSm90:
         k_layout = self._smem_layout(tile.tile_n, tile.head_dim, tile.kv_stages)
         v_layout = self._smem_layout(tile.tile_n, tile.head_dim_v, tile.kv_stages)
         q_view = ragged_tma.query_view(tensors.q, ragged=tensors.packed_q)
-        # Loads stop at the last used key: rows behind it arrive as zeros, so that nothing there can reach a product.
-        k_view, v_view = [
-            ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k) for x in (tensors.k, tensors.v)
-        ]
-        q = Operand(*self._tma(q_view, q_layout, spec.query_box), q_layout)
-        k = Operand(*self._tma(k_view, k_layout, (tile.tile_n, tile.head_dim)), k_layout)
-        v = Operand(*self._tma(v_view, v_layout, (tile.tile_n, tile.head_dim_v)), v_layout)
+        operands = Operands(
+            Operand(*self._tma(q_view, q_layout, spec.query_box), q_layout),
+            self._key_operand(tensors.k, k_layout, tensors),
+            self._key_operand(tensors.v, v_layout, tensors),
+        )
         source = seqlen_source(tensors, scalars)
-        self.kernel(q, k, v, tensors, scalars, source, s_mma, o_mma).launch(
+        self.kernel(operands, tensors, scalars, source, s_mma, o_mma).launch(
             grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
         )
+
+    def _key_operand(self, x: cute.Tensor, smem_layout: cute.ComposedLayout, tensors: ForwardTensors) -> Operand:
+        """Keys or values. Loads stop at the last used key: rows behind it arrive as zeros, so that nothing there can
+        reach a product."""
+        if self.spec.gathers:
+            return Operand(None, x, smem_layout)
+        rows, columns = (cute.size(smem_layout, mode=[i]) for i in range(2))
+        if tensors.page_table is not None:
+            return Operand(*self._page_tma(x, columns), smem_layout)
+        view = ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k)
+        return Operand(*self._tma(view, smem_layout, (rows, columns)), smem_layout)
 
     def _tiled_mmas(self):
         """S = Q K^T from shared memory; O = P V with P in registers. Each warpgroup has 64 rows of both."""
@@ -152,6 +181,11 @@ class ForwardSm90:
         stage = cute.select(smem_layout, mode=[0, 1])
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, stage, box)
 
+    def _page_tma(self, x: cute.Tensor, columns: int):
+        """A copy takes a span of a page, as wide as the swizzle: where a span ends another page goes on."""
+        box = (self.spec.page_span, ragged_tma.swizzled_columns(columns))
+        return self._tma(page_view(x), self._smem_layout(*box, 1), box)
+
     # ---------------------------------------------------------------------------------------------------------------
     # Device side
     # ---------------------------------------------------------------------------------------------------------------
@@ -159,47 +193,54 @@ class ForwardSm90:
     @cute.kernel
     def kernel(
         self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
+        operands: Operands,
         tensors: ForwardTensors,
         scalars: ForwardScalars,
         source: SeqlenSource,
         s_mma: cute.TiledMma,
         o_mma: cute.TiledMma,
     ):
+        spec = self.spec
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == LOAD_WARP:
-            for operand in (q, k, v):
-                cpasync.prefetch_descriptor(operand.atom)
+            for operand in operands:
+                if const_expr(operand.atom is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
         smem = SmemAllocator()
-        sq, sk, sv = [self._allocate(smem, operand) for operand in (q, k, v)]
+        stages = Stages(*(self._allocate(smem, operand) for operand in operands))
         rings = self._rings(smem)
         if warp == LOAD_WARP:
             with cute.arch.elect_one():
+                key_arrivals = WARP * GATHER_WARPS if const_expr(spec.gathers) else 1
                 rings.q.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
-                rings.k.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
-                rings.v.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
+                rings.k.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
+                rings.v.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if const_expr(self.spec.splits):
+        if const_expr(spec.splits):
             # The combine kernel's CTAs may take the place of ours as they leave.
             cute.arch.griddepcontrol_launch_dependents()
 
-        window = window_of(self.spec, scalars)
-        producer_registers, consumer_registers = self.spec.tile.registers
+        window = window_of(spec, scalars)
+        registers = spec.tile.registers(spec.gathers)
         if warp < 4:
-            cute.arch.setmaxregister_decrease(producer_registers)
+            if const_expr(registers is not None):
+                cute.arch.setmaxregister_decrease(registers[0])
             if warp == LOAD_WARP:
-                self.load(q, k, v, sq, sk, sv, rings, window, tensors)
+                self.load(operands, stages, rings, window, tensors, scalars, None)
             if warp == SCHEDULE_WARP:
-                order = tile_order(self.spec, tensors, scalars, source)
+                order = tile_order(spec, tensors, scalars, source)
                 scheduler = TileScheduler(tensors.semaphore, scalars.short_from)
-                schedule(self.spec, order, scheduler, rings.tiles, window, tensors)
+                schedule(spec, order, scheduler, rings.tiles, window, tensors)
+            if const_expr(spec.gathers):
+                if warp >= FIRST_GATHER_WARP:
+                    gatherer = warp - FIRST_GATHER_WARP
+                    self.load(operands, stages, rings, window, tensors, scalars, gatherer)
         else:
-            cute.arch.setmaxregister_increase(consumer_registers)
-            consumer = self._consumer(s_mma, o_mma, sq, sk, sv, scalars)
+            if const_expr(registers is not None):
+                cute.arch.setmaxregister_increase(registers[1])
+            consumer = self._consumer(s_mma, o_mma, stages, scalars)
             self.compute(consumer, rings, window, tensors, scalars)
 
     def _allocate(self, smem: SmemAllocator, operand: Operand) -> cute.Tensor:
@@ -213,77 +254,113 @@ class ForwardSm90:
         def barriers(stages):
             return smem.allocate_array(cutlass.Int64, MbarrierRing.words(stages))
 
+        readers = self.consumer_warps + self.loading_warps
         slots = smem.allocate_tensor(Int32, cute.make_layout((MAILBOX_WORDS, MAILBOX_STAGES)), byte_alignment=16)
         return Rings(
             MbarrierRing(barriers(tile.q_stages), tile.q_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
-            TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers=self.consumer_warps + 1),
+            TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers),
         )
 
     @cute.jit
     def load(
         self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        sq: cute.Tensor,
-        sk: cute.Tensor,
-        sv: cute.Tensor,
+        operands: Operands,
+        stages: Stages,
         rings: Rings,
         window: Window,
         tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        gatherer: Int32 | None,
     ):
-        """The loading warp: for every tile Q, then K one KV tile ahead of V, in the order in which they are needed."""
-        spec, tile = self.spec, self.spec.tile
+        """A loading warp: for every tile Q, then K one KV tile ahead of V, in the order in which they are needed.
+
+        Where keys are gathered, the loading warp has Q alone, and the warps that gather them, which are numbered by
+        `gatherer`, have K and V.
+        """
+        spec = self.spec
         tile_position = q_position = k_position = v_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
-            first_token = work.m_block * spec.tokens_per_tile
-            kv = kv_range(spec, work, seqlens, window)
-            head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
-            head_q = work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head
-            q_rows = ragged_tma.query_rows(q.source, seqlens, work.batch, head_q, first_token, ragged=tensors.packed_q)
-            k_rows, v_rows = [
-                ragged_tma.key_rows(
-                    x.source, seqlens, work.batch, head_kv, packed=tensors.packed_k, ragged=tensors.ragged_k
+            if const_expr(gatherer is None):
+                q_rows = ragged_tma.query_rows(
+                    operands.q.source,
+                    seqlens,
+                    work.batch,
+                    work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head,
+                    work.m_block * spec.tokens_per_tile,
+                    ragged=tensors.packed_q,
                 )
-                for x in (k, v)
-            ]
-            load_q = ragged_tma.TileLoader.create(q.atom, q_rows, spec.query_box, sq, rings.q)
-            load_k = ragged_tma.TileLoader.create(k.atom, k_rows, (tile.tile_n, tile.head_dim), sk, rings.k)
-            load_v = ragged_tma.TileLoader.create(v.atom, v_rows, (tile.tile_n, tile.head_dim_v), sv, rings.v)
-
-            load_q.load(q_position, 0)
-            q_position = q_position.next()
-            load_k.load(k_position, kv.end - 1)
-            k_position = k_position.next()
-            for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-                load_k.load(k_position, kv.end - 1 - i)
+                queries = ragged_tma.TileLoader.create(operands.q.atom, q_rows, spec.query_box, stages.q, rings.q)
+                queries.load(q_position, queries.find(0))
+                q_position = q_position.next()
+            if const_expr(spec.gathers == (gatherer is not None)):
+                keys, values = [
+                    self._key_loader(operand, smem, ring, work, seqlens, tensors, scalars, gatherer)
+                    for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
+                ]
+                kv = kv_range(spec, work, seqlens, window)
+                tile, following = keys.find(kv.end - 1), keys.find(kv.end - 2)
+                keys.load(k_position, tile)
                 k_position = k_position.next()
-                load_v.load(v_position, kv.end - i)
+                for i in cutlass.range(1, kv.num_tiles(), unroll=1):
+                    previous, tile, following = tile, following, keys.find(kv.end - 2 - i)
+                    keys.load(k_position, tile)
+                    k_position = k_position.next()
+                    values.load(v_position, previous)
+                    v_position = v_position.next()
+                values.load(v_position, tile)
                 v_position = v_position.next()
-            load_v.load(v_position, kv.first)
-            v_position = v_position.next()
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
 
-    def _consumer(self, s_mma, o_mma, sq, sk, sv, scalars: ForwardScalars) -> Consumer:
+    def _key_loader(
+        self,
+        operand: Operand,
+        smem: cute.Tensor,
+        ring: MbarrierRing,
+        work: WorkTile,
+        seqlens: Seqlens,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        gatherer: Int32 | None,
+    ):
+        """What loads keys or values of a work tile, in the way in which they lie in memory."""
+        spec, tile_n = self.spec, self.spec.tile.tile_n
+        head = work.head if spec.packed else work.head // spec.qheads_per_kvhead
+        if tensors.page_table is None:
+            rows = ragged_tma.key_rows(
+                operand.source,
+                seqlens,
+                cache_row(tensors, work.batch),
+                head,
+                packed=tensors.packed_k,
+                ragged=tensors.ragged_k,
+            )
+            return ragged_tma.TileLoader.create(operand.atom, rows, (tile_n, cute.size(smem, mode=[1])), smem, ring)
+        table = page_table(spec, tensors, scalars, seqlens, work.batch)
+        if spec.gathers:
+            return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, GATHER_WARPS)
+        box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
+        return PagedTileLoader.create(operand.atom, operand.source, head, box, smem, ring, table, tile_n)
+
+    def _consumer(self, s_mma, o_mma, stages: Stages, scalars: ForwardScalars) -> Consumer:
         tile = self.spec.tile
         thread = cute.arch.thread_idx()[0] - WARPGROUP
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)
         # Slices of a whole warpgroup (of its first thread): WGMMA operands are descriptors, the same for all 128
         # threads.
         s_slice, o_slice = s_mma.get_slice(index * WARPGROUP), o_mma.get_slice(index * WARPGROUP)
-        v_transposed = cute.make_tensor(sv.iterator, cute.select(sv.layout, mode=[1, 0, 2]))
+        v_transposed = cute.make_tensor(stages.v.iterator, cute.select(stages.v.layout, mode=[1, 0, 2]))
         scale = scalars.softcap if const_expr(self.spec.softcap) else scalars.softmax_scale
         return Consumer(
             index,
             thread % WARPGROUP,
             s_mma,
             o_mma,
-            s_slice.make_fragment_A(s_slice.partition_A(sq)),
-            s_slice.make_fragment_B(s_slice.partition_B(sk)),
+            s_slice.make_fragment_A(s_slice.partition_A(stages.q)),
+            s_slice.make_fragment_B(s_slice.partition_B(stages.k)),
             o_slice.make_fragment_B(o_slice.partition_B(v_transposed)),
             cute.make_rmem_tensor(s_slice.partition_shape_C((tile.tile_m, tile.tile_n)), Float32),
             o_slice.make_fragment_A(o_slice.partition_shape_A((tile.tile_m, tile.tile_n))),
@@ -298,8 +375,9 @@ class ForwardSm90:
         The first scores of the next tile are issued before the output of this one is written, so that the tensor cores
         work through the epilogue; with sequences of one KV tile that is half of all products.
         """
+        tile = self.spec.tile
         if me.warpgroup == 0:
-            self._give_turn(Int32(self.spec.tile.consumers - 1))  # to warpgroup 0 itself: it issues first
+            self._give_turn(Int32(tile.consumers - 1))  # to warpgroup 0 itself: it issues first
         tile_position = q_position = kv_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
         if work.is_work():
@@ -309,7 +387,13 @@ class ForwardSm90:
         while work.is_work():
             me.softmax.reset()
             wgmma.flat(me.o).fill(0.0)
-            kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
+            if const_expr(tile.consumers > 1):
+                if self._has_queries(me, work, seqlens):
+                    kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
+                else:
+                    kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
+            else:
+                kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
             rings.q.release_converged(q_position)
             if const_expr(self.rescale_late):
                 me.softmax.rescale(wgmma.flat(me.o))
@@ -341,6 +425,30 @@ class ForwardSm90:
                 rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
         else:
             rows.write(wgmma.flat(me.o), me.softmax, seqlens, tensors)
+
+    def _has_queries(self, me: Consumer, work: WorkTile, seqlens: Seqlens):
+        """Whether any of the rows of a consumer is a query. A decode fills the first consumer's at most."""
+        spec = self.spec
+        rows = spec.tile.tile_m // spec.tile.consumers
+        return work.m_block * spec.tokens_per_tile + me.warpgroup * rows // spec.rows_per_token < seqlens.len_q
+
+    @cute.jit
+    def _pass_keys(
+        self, me: Consumer, rings: Rings, window: Window, work: WorkTile, seqlens: Seqlens, position: RingPosition
+    ):
+        """`_keys` for a consumer without queries: it leaves the tensor cores to the others, and goes along."""
+        me.p.fill(0.0)
+        rings.k.release_converged(position)
+        for _ in cutlass.range(kv_range(self.spec, work, seqlens, window).num_tiles() - 1, unroll=1):
+            following = position.next()
+            rings.k.wait_full(following)
+            self._wait_turn(me.warpgroup)
+            self._give_turn(me.warpgroup)
+            rings.k.release(following)
+            rings.v.wait_full(position)
+            rings.v.release(position)
+            position = following
+        return position
 
     @cute.jit
     def _keys(
@@ -393,7 +501,7 @@ class ForwardSm90:
     ):
         """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`."""
         following = position.next()
-        rings.k.wait_full(following)
+        self._wait_keys(rings.k, following)
         self._wait_turn(me.warpgroup)
         self._issue_scores(me, rings, q_position, following, fence=True)
         if const_expr(self.rescale_late):
@@ -412,7 +520,15 @@ class ForwardSm90:
     @cute.jit
     def _wait_first(self, rings: Rings, q_position: RingPosition, k_position: RingPosition):
         rings.q.wait_full(q_position)
-        rings.k.wait_full(k_position)
+        self._wait_keys(rings.k, k_position)
+
+    @cute.jit
+    def _wait_keys(self, ring: MbarrierRing, position: RingPosition):
+        """Until a stage of keys or values is there, for the tensor cores to read."""
+        ring.wait_full(position)
+        if const_expr(self.spec.gathers):
+            # cp.async wrote it through the generic proxy.
+            cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
     def _issue_scores(
@@ -423,7 +539,7 @@ class ForwardSm90:
 
     @cute.jit
     def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition, fence: cutlass.Constexpr):
-        rings.v.wait_full(position)
+        self._wait_keys(rings.v, position)
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from flash_attn_cute.device.divisor import Divisor
 from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.paged_kv import PageTable
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.tile_scheduler import PlannedOrder, PlannedWork, TileOrder, WorkTile
 from flash_attn_cute.tuning import Sm90Tile, Sm100Tile
@@ -26,6 +28,8 @@ class ForwardSpec:
     softcap: bool
     splits: bool = False  # work tiles may be splits, whose results are partial
     clc: bool = False  # tiles are handed out by cluster launch control
+    page_span: int = 0  # of paged keys: rows of a span that TMA loads (see device.paged_kv)
+    gathers: bool = False  # rows of paged keys are gathered with cp.async
 
     @property
     def packed(self) -> bool:
@@ -58,6 +62,9 @@ class ForwardTensors(NamedTuple):
     partial: cute.Tensor | None = None  # (slots, tile_m, Dv) float32: outputs of splits, rows as in the query tile
     lse_partial: cute.Tensor | None = None  # (slots, tile_m) float32
     work: PlannedWork | None = None
+    page_table: cute.Tensor | None = None  # (B, W) int32; then k and v are (pages, page_size, Hk, D or Dv)
+    leftpad_k: cute.Tensor | None = None
+    cache_batch_idx: cute.Tensor | None = None  # which row of batched k and v a sequence has
 
     @property
     def packed_q(self) -> bool:
@@ -70,7 +77,8 @@ class ForwardTensors(NamedTuple):
     @property
     def ragged_k(self) -> bool:
         """Whether keys of a sequence may end before the tensor does, so that loads have to be told where."""
-        return self.cu_seqlens_k is not None or self.seqused_k is not None
+        lengths = (self.cu_seqlens_k, self.seqused_k, self.leftpad_k)
+        return any(length is not None for length in lengths)
 
 
 class ForwardScalars(NamedTuple):
@@ -87,12 +95,13 @@ class ForwardScalars(NamedTuple):
     section_tiles: Int32
     short_from: Int32  # the tile number from which on all tiles are short; see TileScheduler
     tiles_per_split: Int32  # read where the kernel was compiled with splits
+    by_page_size: Divisor  # read where keys are paged
 
 
 def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:
     q, cu_seqlens_q = tensors.q, tensors.cu_seqlens_q
     return SeqlenSource(
-        SeqlenTensors(cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k),
+        SeqlenTensors(cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k, tensors.leftpad_k),
         cute.size(cu_seqlens_q) - 1 if const_expr(tensors.packed_q) else cute.size(q, mode=[0]),
         cute.size(q, mode=[0 if const_expr(tensors.packed_q) else 1]),
         scalars.seqlen_k,
@@ -107,6 +116,25 @@ def window_of(spec: ForwardSpec, scalars: ForwardScalars) -> Window:
         right = scalars.window_right
     left = scalars.window_left if const_expr(spec.window_left) else None
     return Window(left, right, scalars.tiles_per_split if const_expr(spec.splits) else None)
+
+
+def page_table(
+    spec: ForwardSpec, tensors: ForwardTensors, scalars: ForwardScalars, seqlens: Seqlens, batch: Int32
+) -> PageTable:
+    return PageTable(
+        tensors.page_table[batch, None],
+        cute.size(tensors.k, mode=[1]),
+        scalars.by_page_size,
+        seqlens.len_k,
+        seqlens.offset_k if const_expr(tensors.leftpad_k is not None) else None,
+        spec.page_span,
+    )
+
+
+@cute.jit
+def cache_row(tensors: ForwardTensors, batch: Int32) -> Int32:
+    """The row of batched k and v that a sequence has."""
+    return tensors.cache_batch_idx[batch] if const_expr(tensors.cache_batch_idx is not None) else batch
 
 
 def num_tile_heads(spec: ForwardSpec, tensors: ForwardTensors) -> Int32:

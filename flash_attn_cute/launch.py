@@ -22,12 +22,16 @@ from flash_attn_cute.scheduler_metadata import (
     LengthTensors,
     SchedulerMetadata,
     batch_shape,
+    divisor_fields,
     plan_batch,
 )
 from flash_attn_cute.tuning import (
+    QueryTiling,
+    Sm90Tile,
+    Sm100Tile,
     forward_tile,
     packed_rows,
-    packs_heads,
+    query_tiling,
     section_of_tiles,
     tiles_are_short,
 )
@@ -35,23 +39,19 @@ from flash_attn_cute.tuning import (
 # Compute capability -> what its kernel is compiled for.
 ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 TMA_ALIGNMENT = 16
+# Rows over which a swizzle pattern repeats: spans of fewer would begin within a pattern.
+LEAST_SPAN = 8
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def unsupported(problem: Problem, architecture: str) -> str | None:
     """Why the kernel of an architecture does not take this problem, or None."""
-    tile = forward_tile(architecture, problem.head_dim, problem.head_dim_v)
+    tiling = _query_tiling(problem, architecture)
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {problem.dtype}"
-    if tile is None:
+    if tiling is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
-    if problem.is_paged:
-        return "page_table"
-    if problem.has_leftpad_k:
-        return "leftpad_k"
-    if problem.has_cache_batch_idx:
-        return "cache_batch_idx"
     if problem.key_mask_heads is not None:
         return "key_mask"
     if problem.key_bias_heads is not None:
@@ -62,9 +62,23 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"seqlen_k_per_split with {problem.batch_size} sequences (at most {MAX_BATCH})"
     if problem.softmax_scale <= 0.0:
         return f"softmax_scale={problem.softmax_scale}, which is not positive"
-    if problem.pack_gqa and packed_rows(problem.qheads_per_kvhead, tile.query_rows) == 0:
-        return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {tile.query_rows})"
+    if tiling.rows_per_token == 0:
+        most = tiling.tile.query_rows
+        return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {most})"
     return None
+
+
+def _query_tiling(p: Problem, architecture: str, parameters: PlanParameters | None = None) -> QueryTiling | None:
+    return query_tiling(
+        architecture,
+        p.head_dim,
+        p.head_dim_v,
+        p.qheads_per_kvhead,
+        p.pack_gqa,
+        p.total_q / max(p.batch_size, 1),
+        p.seqlen_q_bound,
+        parameters and parameters.tokens_per_tile,
+    )
 
 
 class KernelKey(NamedTuple):
@@ -91,6 +105,18 @@ class KernelKey(NamedTuple):
     planned: bool = False
     splits: bool = False
     clc: bool = False
+    page_span: int | None = None  # rows of a span of paged keys (device.paged_kv); 0: rows are gathered
+    leftpad_k: bool = False
+    cache_batch_idx: bool = False
+    few_rows: bool = False  # the tile for few query rows
+
+    @property
+    def tile(self) -> Sm90Tile | Sm100Tile:
+        return forward_tile(self.architecture, self.head_dim, self.head_dim_v, self.few_rows)
+
+    @property
+    def rows_per_token(self) -> int:
+        return packed_rows(self.qheads_per_kvhead, self.tile.query_rows) if self.packed else 1
 
     def is_uneven(self) -> bool:
         """Whether tiles differ in work, so that handing them out as CTAs get free pays."""
@@ -98,7 +124,7 @@ class KernelKey(NamedTuple):
         return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k or self.splits
 
     @classmethod
-    def of(cls, p: Problem, architecture: str, packed: bool, dynamic: bool) -> KernelKey:
+    def of(cls, p: Problem, architecture: str, tiling: QueryTiling, dynamic: bool, page_span: int | None) -> KernelKey:
         """The key for a problem and what the plan decided; no length, window size, scale or head count is in it."""
         return cls(
             architecture,
@@ -107,7 +133,7 @@ class KernelKey(NamedTuple):
             p.head_dim,
             p.head_dim_v,
             p.qheads_per_kvhead,
-            packed,
+            tiling.packed,
             p.causal,
             p.window_left is not None,
             p.window_right is not None and not p.causal,
@@ -119,6 +145,10 @@ class KernelKey(NamedTuple):
             _DTYPE_NAMES.get(p.sink_dtype),
             p.return_lse,
             dynamic,
+            page_span=page_span,
+            leftpad_k=p.has_leftpad_k,
+            cache_batch_idx=p.has_cache_batch_idx,
+            few_rows=tiling.few_rows,
         )
 
 
@@ -144,26 +174,23 @@ def _target(index: int) -> Target:
     return Target(ARCHITECTURES[(device.major, device.minor)], device.multi_processor_count)
 
 
-def plan(problem: Problem, target: Target, parameters: PlanParameters | None = None) -> Plan:
+def plan(
+    problem: Problem, target: Target, parameters: PlanParameters | None = None, *, tma_reaches_keys: bool = True
+) -> Plan:
     """Decides what is left open (packing, scheduler) from host-side sizes alone, and sizes the launch.
 
-    parameters: those of the batch's plan on the device, where it has one.
+    parameters: those of the batch's plan on the device, where it has one. tma_reaches_keys: whether strides allow it.
     """
     p, num_sms = problem, target.num_sms
-    tile = forward_tile(target.architecture, p.head_dim, p.head_dim_v)
-    group = p.qheads_per_kvhead
-    packed = p.pack_gqa
-    if packed is None:
-        packed = packs_heads(group, p.total_q / max(p.batch_size, 1), tile.query_rows)
-    packed = packed and group > 1
-    rows = packed_rows(group, tile.query_rows) if packed else 1
-    tokens = tile.tile_m // rows  # of a query tile
-    heads = p.num_heads_kv if packed else p.num_heads
+    tiling = _query_tiling(p, target.architecture, parameters)
+    tokens = tiling.tokens_per_tile
+    heads = p.num_heads_kv if tiling.packed else p.num_heads
     if p.q_packed:
         num_tiles = (p.total_q // tokens + p.batch_size + 2) * heads
     else:
         num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
-    key = KernelKey.of(p, target.architecture, packed=packed, dynamic=p.scheduler == "dynamic")
+    page_span = _page_span(p, tiling.tile, tma_reaches_keys)
+    key = KernelKey.of(p, target.architecture, tiling, dynamic=p.scheduler == "dynamic", page_span=page_span)
     if parameters is not None:
         slots = parameters.slots_bound(num_tiles)
         key = key._replace(planned=True, splits=slots > 0)
@@ -179,19 +206,30 @@ def plan(problem: Problem, target: Target, parameters: PlanParameters | None = N
     return Plan(key, num_tiles, grid, section_heads, section_tiles, short_from)
 
 
+def _page_span(p: Problem, tile: Sm90Tile | Sm100Tile, tma_reaches_keys: bool) -> int | None:
+    """Rows of a span, or 0 where TMA cannot load spans, or None without pages."""
+    if not p.is_paged:
+        return None
+    span = math.gcd(p.page_size, tile.tile_n)
+    # Behind a left padding tiles do not begin where pages do.
+    suits_tma = span % LEAST_SPAN == 0 and not p.has_leftpad_k and tma_reaches_keys
+    return span if suits_tma else 0
+
+
 def compile_kernel(key: KernelKey) -> Any:
     """Compiles one kernel for tensors of any size, for the architecture of the key. Needs no GPU."""
     import cutlass
     import cutlass.cute as cute
     from cutlass import Float32, Int32
 
+    from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.forward_sm90 import ForwardSm90
     from flash_attn_cute.forward_sm100 import ForwardSm100
     from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
     from flash_attn_cute.tile_scheduler import PlannedWork
 
     types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
-    dtype, tile = types[key.dtype], forward_tile(key.architecture, key.head_dim, key.head_dim_v)
+    dtype, tile = types[key.dtype], key.tile
 
     def tensor(element, *shape):
         alignment = TMA_ALIGNMENT if element is dtype and len(shape) > 1 else element.width // 8
@@ -211,6 +249,7 @@ def compile_kernel(key: KernelKey) -> Any:
         return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=16)
 
     rank_q, rank_k = (None,) * (2 if key.varlen_q else 3), (None,) * (2 if key.varlen_k else 3)
+    paged = key.page_span is not None
     tensors = ForwardTensors(
         q=tensor(dtype, *rank_q, key.head_dim),
         k=tensor(dtype, *rank_k, key.head_dim),
@@ -228,21 +267,26 @@ def compile_kernel(key: KernelKey) -> Any:
         work=PlannedWork(compact(Int32, None, 4), *(tensor(Int32, None) for _ in range(2)), compact(Int32, 4))
         if key.planned
         else None,
+        page_table=optional(paged, Int32, None, None),
+        leftpad_k=optional(key.leftpad_k, Int32, None),
+        cache_batch_idx=optional(key.cache_batch_idx, Int32, None),
     )
-    rows = packed_rows(key.qheads_per_kvhead, tile.query_rows) if key.packed else 1
     spec = ForwardSpec(
         dtype,
         tile,
         key.qheads_per_kvhead,
-        rows,
+        key.rows_per_token,
         key.causal,
         key.window_left,
         key.window_right,
         key.softcap,
         key.splits,
         key.clc,
+        key.page_span or 0,
+        gathers=key.page_span == 0,
     )
-    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *(Int32(0) for _ in ForwardScalars._fields[2:]))
+    numbers = (Int32(0) for _ in ForwardScalars._fields[2:-1])
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     kernel = ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100
     options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
@@ -330,7 +374,14 @@ class PreparedLaunch(NamedTuple):
         if metadata and metadata.device != t.q.device:
             raise ValueError(f"scheduler_metadata: got a plan on {metadata.device}; takes one on {t.q.device}")
         planning = batch_shape(p, target, metadata)
-        planned = plan(p, target, planning and planning.parameters)
+        strides_suit = tuple(map(_strides_suit_tma, (t.q, t.k, t.v)))
+        planned = plan(p, target, planning and planning.parameters, tma_reaches_keys=all(strides_suit[1:]))
+        if planned.key.page_span == 0:
+            # Copies of 16 bytes take any strides that are multiples of it. A cache is not to be copied.
+            strides_suit = (
+                strides_suit[0],
+                *(not any(s % (TMA_ALIGNMENT // 2) for s in x.stride()[:-1]) for x in (t.k, t.v)),
+            )
         scalars = (
             p.softmax_scale,
             p.softcap,
@@ -343,6 +394,7 @@ class PreparedLaunch(NamedTuple):
             planned.section_tiles,
             planned.short_from,
             planning.parameters.tiles_per_split if planning else 0,
+            divisor_fields(p.page_size or 1),
         )
         function = combine = None
         if 0 not in p.out_shape:
@@ -350,7 +402,7 @@ class PreparedLaunch(NamedTuple):
         if function is not None and planned.key.splits:
             combine = PlannedCombine.prepare(
                 planning,
-                forward_tile(target.architecture, p.head_dim, p.head_dim_v).tile_m,
+                planned.key.tile.tile_m,
                 p.out_shape,
                 p.dtype,
                 t.q.device,
@@ -365,7 +417,7 @@ class PreparedLaunch(NamedTuple):
             p.dtype,
             p.out_shape,
             p.lse_shape if p.return_lse else None,
-            tuple(map(_strides_suit_tma, (t.q, t.k, t.v))),
+            strides_suit,
             planning,
             combine,
         )
@@ -375,7 +427,9 @@ class PreparedLaunch(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Launches on the current stream; returns (out, lse). metadata: the same as when it was prepared, or one of the
         same parameters."""
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, _, sink, _, _, given, _, _ = tensors
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, table, sink, _, _, given, leftpad, cache_rows = (
+            tensors
+        )
         device = q.device
         out = torch.empty(self.out_shape, dtype=self.dtype, device=device) if given is None else given
         lse = None
@@ -401,7 +455,8 @@ class PreparedLaunch(NamedTuple):
             semaphore = _semaphore(device)
         workspace = (None, None) if self.combine is None else self.combine.workspace(device)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work), self.scalars)
+        keys_at = (table, leftpad, cache_rows)
+        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *keys_at), self.scalars)
         if self.combine is not None:
             self.combine.run(metadata, workspace, target, lse, cu_seqlens_q, seqused_q, sink)
         if target is not out:

@@ -146,11 +146,13 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
         shape,
         _Target("cute", target.architecture, given.num_sms if given else target.num_sms, l2_bytes),
         p.total_q / max(p.batch_size, 1),
+        p.seqlen_q_bound,
         (_side(p.window_left), _side(p.window_right)),
         p.num_splits,
         p.seqlen_k_per_split,
         p.pack_gqa,
         p.seqlen_k_bound,
+        given and given.tokens_per_tile,
     )
     extents = Extents(p.batch_size, p.total_q if p.q_packed else p.seqlen_q, p.seqlen_k or 0)
     if given is None:
@@ -296,7 +298,15 @@ def get_scheduler_metadata(
     window = _window(window_size, causal)
     rows_q = total_q if cu_seqlens_q is not None else batch_size * max_seqlen_q
     parameters = _parameters(
-        shape, target, rows_q / max(batch_size, 1), window, num_splits, seqlen_k_per_split, pack_gqa, max_seqlen_k
+        shape,
+        target,
+        rows_q / max(batch_size, 1),
+        max_seqlen_q,
+        window,
+        num_splits,
+        seqlen_k_per_split,
+        pack_gqa,
+        max_seqlen_k,
     )
     _countable(BatchShape(parameters, extents, cu_seqlens_q is not None))
     return plan_batch(lengths, extents, parameters, target.backend, device)
@@ -352,22 +362,32 @@ def _parameters(
     shape: _Shape,
     target: _Target,
     mean_seqlen_q: float,
+    max_seqlen_q: int,
     window: tuple[int, int],
     num_splits: int,
     seqlen_k_per_split: int | None,
     pack_gqa: bool | None,
     max_seqlen_k: int,
+    tokens_per_tile: int | None = None,
 ) -> PlanParameters:
     """In the units of the forward kernel of the architecture, which decides packing in the same way."""
-    tile = tuning.forward_tile(target.architecture, shape.head_dim, shape.head_dim_v)
-    if tile is None:
-        raise NotImplementedError(f"head dimensions ({shape.head_dim}, {shape.head_dim_v}) on {target.architecture}")
     group = shape.num_heads // shape.num_heads_kv
-    packed = tuning.packs_heads(group, mean_seqlen_q, tile.query_rows) if pack_gqa is None else pack_gqa
-    packed = packed and group > 1
-    rows = tuning.packed_rows(group, tile.query_rows) if packed else 1
-    if rows == 0:
-        raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {tile.query_rows})")
+    tiling = tuning.query_tiling(
+        target.architecture,
+        shape.head_dim,
+        shape.head_dim_v,
+        group,
+        pack_gqa,
+        mean_seqlen_q,
+        max_seqlen_q,
+        tokens_per_tile,
+    )
+    if tiling is None:
+        raise NotImplementedError(f"head dimensions ({shape.head_dim}, {shape.head_dim_v}) on {target.architecture}")
+    if tiling.rows_per_token == 0:
+        most = tiling.tile.query_rows
+        raise NotImplementedError(f"pack_gqa=True with {group} query heads a KV head (at most {most})")
+    tile, packed = tiling.tile, tiling.packed
     tiles_per_split, max_splits = 0, num_splits or MAX_SPLITS
     if seqlen_k_per_split is not None:
         tiles_per_split = -(-seqlen_k_per_split // tile.tile_n)
@@ -379,7 +399,7 @@ def _parameters(
     return PlanParameters(
         heads=shape.num_heads_kv if packed else shape.num_heads,
         heads_per_kv_load=1 if packed else group,
-        tokens_per_tile=tile.tile_m // rows,
+        tokens_per_tile=tiling.tokens_per_tile,
         tile_n=tile.tile_n,
         window_left=window[0],
         window_right=window[1],
@@ -547,16 +567,16 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
             p.heads,
             p.heads_per_kv_load,
             p.tokens_per_tile,
-            _divisor(p.tokens_per_tile),
+            divisor_fields(p.tokens_per_tile),
             p.tile_n,
-            _divisor(p.tile_n),
+            divisor_fields(p.tile_n),
             p.window_left,
             p.window_right,
             p.num_sms,
-            _divisor(p.num_sms),
+            divisor_fields(p.num_sms),
             p.max_splits,
             p.tiles_per_split,
-            _divisor(max(p.tiles_per_split, 1)),
+            divisor_fields(max(p.tiles_per_split, 1)),
             p.section_heads,
             p.section_tiles,
             min(p.l2_keys * p.heads_per_kv_load, INT32_MAX),
@@ -564,7 +584,7 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
     )
 
 
-def _divisor(d: int) -> tuple[int, int]:
+def divisor_fields(d: int) -> tuple[int, int]:
     """The fields of a device.divisor.Divisor."""
     shift = (d - 1).bit_length()
     multiplier = (1 << (31 + shift)) // d + 1

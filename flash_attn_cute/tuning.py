@@ -29,10 +29,14 @@ class Sm90Tile(NamedTuple):
         """Rows that are loaded and multiplied together: whole tokens have to fit into them."""
         return self.tile_m
 
-    @property
-    def registers(self) -> tuple[int, int]:
-        """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8."""
-        return {2: (24, 240), 3: (32, 160)}[self.consumers]
+    def registers(self, gathers: bool) -> tuple[int, int] | None:
+        """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8.
+
+        None where every thread can have 255. gathers: whether the producer computes an address a row.
+        """
+        if gathers:
+            return {1: None, 2: (40, 232), 3: (56, 152)}[self.consumers]
+        return {1: None, 2: (24, 240), 3: (32, 160)}[self.consumers]
 
     @property
     def smem_bytes(self) -> int:
@@ -52,6 +56,21 @@ SM90_TILES = {
     (192, 128): Sm90Tile(2, 128, 2, 1, 192, 128),
     (192, 192): Sm90Tile(2, 112, 2, 1, 192, 192),
     (256, 256): Sm90Tile(2, 80, 2, 1, 256, 256),
+}
+
+
+# Query tiles of at most 64 rows, as decoding has: one consumer, and all the stages that its neighbours leave room for.
+# Such a tile is bound by memory, and what is on its way must cover the latency of memory while a tile is computed.
+SM90_FEW_ROWS_TILES = {
+    dims: SM90_TILES[dims]._replace(consumers=1, kv_stages=kv_stages)
+    for dims, kv_stages in {
+        (64, 64): 6,
+        (96, 96): 4,
+        (128, 128): 3,
+        (192, 128): 2,
+        (192, 192): 2,
+        (256, 256): 2,
+    }.items()
 }
 
 
@@ -164,16 +183,74 @@ SM100_TILES = {
 SM103_TILES = {dims: tile._replace(polynomial_pairs=0) for dims, tile in SM100_TILES.items()}
 
 _TILES = {"sm_90a": SM90_TILES, "sm_100a": SM100_TILES, "sm_103a": SM103_TILES}
+_FEW_ROWS_TILES = {"sm_90a": SM90_FEW_ROWS_TILES}
 
 
-def forward_tile(architecture: str, head_dim: int, head_dim_v: int) -> Sm90Tile | Sm100Tile | None:
-    """The tile for head dimensions, rounded up to the next pair that has one, or None where there is no kernel."""
+def forward_tile(
+    architecture: str, head_dim: int, head_dim_v: int, few_rows: bool = False
+) -> Sm90Tile | Sm100Tile | None:
+    """The tile for head dimensions, rounded up to the next pair that has one, or None where there is no kernel.
+
+    few_rows: where there is a smaller one, that. It has as many keys, so a row's bits are the same.
+    """
     tiles = _TILES[architecture]
+    if few_rows:
+        tiles = _FEW_ROWS_TILES.get(architecture, tiles)
     if head_dim == head_dim_v:
         for padded in (64, 96, 128, 192, 256):
             if head_dim <= padded and (padded, padded) in tiles:
                 return tiles[(padded, padded)]
     return tiles.get((head_dim, head_dim_v))
+
+
+class QueryTiling(NamedTuple):
+    """How the queries of a call are divided into tiles."""
+
+    tile: Sm90Tile | Sm100Tile
+    rows_per_token: int  # 1: query heads are not packed; 0: they cannot be
+    few_rows: bool  # whether `tile` is the smaller one
+
+    @property
+    def packed(self) -> bool:
+        return self.rows_per_token > 1
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.tile.tile_m // self.rows_per_token
+
+
+def query_tiling(
+    architecture: str,
+    head_dim: int,
+    head_dim_v: int,
+    qheads_per_kvhead: int,
+    pack_gqa: bool | None,
+    mean_seqlen_q: float,
+    max_seqlen_q: int,
+    tokens_per_tile: int | None = None,
+) -> QueryTiling | None:
+    """Decides packing where it is left open, and the tile; None where there is no kernel for the head dimensions.
+
+    max_seqlen_q: a bound on the queries of a sequence. It chooses between tiles that compute the same bits.
+    tokens_per_tile: of a plan that has been made already, which then decides instead.
+    """
+    tile = forward_tile(architecture, head_dim, head_dim_v)
+    if tile is None:
+        return None
+    if pack_gqa is None:
+        pack_gqa = packs_heads(qheads_per_kvhead, mean_seqlen_q, tile.query_rows)
+    packed = pack_gqa and qheads_per_kvhead > 1
+
+    def tiling(few_rows: bool) -> QueryTiling:
+        tile = forward_tile(architecture, head_dim, head_dim_v, few_rows)
+        return QueryTiling(tile, packed_rows(qheads_per_kvhead, tile.query_rows) if packed else 1, few_rows)
+
+    regular, smaller = tiling(False), tiling(True)
+    if smaller.tile is tile or smaller.rows_per_token == 0:
+        return regular
+    if tokens_per_tile is not None:
+        return smaller if smaller.tokens_per_tile == tokens_per_tile else regular
+    return smaller if max_seqlen_q <= smaller.tokens_per_tile else regular
 
 
 def packed_rows(qheads_per_kvhead: int, tile_m: int) -> int:

@@ -132,6 +132,43 @@ def _pages(
     return (pages, page_size), used.to(device), page_table.to(device)
 
 
+def in_pages(
+    tensors: AttentionTensors, page_size: int, *, order: str = "shuffled", view: str = "contiguous"
+) -> AttentionTensors:
+    """The same call with its packed keys in pages ("ascending" or "shuffled") of a cache.
+
+    `view` is the layout of the cache: "contiguous", "heads-first" (heads vary slower than rows), or "interleaved" (one
+    tensor has keys and values of a row side by side). Nobody's rows are NaN.
+    """
+    device, bounds = tensors.k.device, tensors.cu_seqlens_k.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+    (pages, _), _, table = _pages(lengths, page_size, device, seed=1)
+    if order == "ascending":
+        rank = {page: i for i, page in enumerate(p for p in table.flatten().tolist() if 0 <= p < pages)}
+        table = torch.tensor([[rank.get(p, p) for p in row] for row in table.tolist()], dtype=torch.int32).to(device)
+    positions = torch.cat(
+        [
+            torch.tensor(
+                [int(table[b, i // page_size]) * page_size + i % page_size for i in range(n)], dtype=torch.long
+            )
+            for b, n in enumerate(lengths)
+        ]
+    ).to(device)
+    heads, dims = tensors.k.shape[1], [tensors.k.shape[2], tensors.v.shape[2]]
+    shape = (pages, page_size, heads, sum(dims))
+    if view == "heads-first":
+        both = torch.full((pages, heads, page_size, sum(dims)), NAN, dtype=tensors.k.dtype, device=device).movedim(1, 2)
+    else:
+        both = torch.full(shape, NAN, dtype=tensors.k.dtype, device=device)
+    caches = both.split(dims, dim=-1)
+    if view == "contiguous":
+        caches = [x.contiguous() for x in caches]
+    for cache, rows in zip(caches, (tensors.k, tensors.v), strict=True):
+        cache[positions // page_size, positions % page_size] = rows
+    seqused = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return tensors._replace(k=caches[0], v=caches[1], cu_seqlens_k=None, seqused_k=seqused, page_table=table)
+
+
 def as_view(tensor: Tensor, view: str) -> Tensor:
     """The same values in another memory layout; the last dimension stays contiguous.
 
@@ -196,9 +233,12 @@ def problem_of(tensors: AttentionTensors, **options) -> Problem:
 
 
 def attention(tensors: AttentionTensors, **options) -> tuple[Tensor, Tensor]:
-    """The public function on these tensors: (out, lse)."""
-    from flash_attn_cute import flash_attn_varlen_func
+    """The public function on these tensors: (out, lse). Inputs that only the KV-cache interface has go past it."""
+    from flash_attn_cute import flash_attn_varlen_func, interface
 
+    if tensors.leftpad_k is not None or tensors.cache_batch_idx is not None:
+        problem = Problem.from_arguments(tensors, return_lse=True, **options)
+        return interface._attend(tensors, problem, "auto", None, None)
     given = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
     return flash_attn_varlen_func(**given, return_lse=True, **options)
 

@@ -19,6 +19,11 @@ from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.seqlens import Seqlens
 
 
+def swizzled_columns(columns: int) -> int:
+    """Columns of 16 bits that the widest swizzle takes which divides a row: the most that one copy can take."""
+    return next(width for width in (64, 32, 16, 8) if columns % width == 0)
+
+
 def query_view(q: cute.Tensor, ragged: bool) -> cute.Tensor:
     """((H, T), D, T + 1) of a packed (T, H, D) q; ((H, S), D, B) of a batched (B, S, H, D) one.
 
@@ -86,10 +91,17 @@ class TileLoader:
     to: cute.Tensor  # (box, 1, box column, stage)
     ring: MbarrierRing
     first_stage: int  # which of `to` is the first of the ring
+    row_pieces: int  # stages that the rows of a tile take
 
     @staticmethod
     def create(
-        atom: cute.CopyAtom, rows: cute.Tensor, box, smem: cute.Tensor, ring: MbarrierRing, first_stage: int = 0
+        atom: cute.CopyAtom,
+        rows: cute.Tensor,
+        box,
+        smem: cute.Tensor,
+        ring: MbarrierRing,
+        first_stage: int = 0,
+        row_pieces: int = 1,
     ):
         """smem: (rows, columns, stages); box: (rows, columns), of which the rows may be (heads, tokens)."""
         tiles = cute.local_tile(rows, box, (None, None))
@@ -97,11 +109,15 @@ class TileLoader:
         to, source = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(stages, 0, 2), cute.group_modes(tiles, 0, 2)
         )
-        return TileLoader(atom, source, to, ring, first_stage)
+        return TileLoader(atom, source, to, ring, first_stage, row_pieces)
+
+    def find(self, tile: Int32) -> Int32:
+        """Where a tile is: nothing to look up."""
+        return tile
 
     @cute.jit
-    def load(self, position: RingPosition, row_tile: Int32, column_tile: Int32 = 0):
-        """Acquires the stage and starts the copy. Whole warps call it. `column_tile` counts stages, not boxes."""
+    def load(self, position: RingPosition, tile: Int32, row_piece: Int32 = 0, column_piece: Int32 = 0):
+        """Acquires the stage and starts the copy. Whole warps call it. Pieces count stages."""
         box_columns = cute.size(self.to, mode=[2])
         element_bits = self.to.element_type.width
         num_bytes = cute.size(self.to, mode=[0]) * box_columns * element_bits // 8
@@ -109,5 +125,6 @@ class TileLoader:
         stage, barrier = self.first_stage + self.ring.stage(position), self.ring.full_barrier(position)
         # A loop rather than copies side by side: the operands of each take registers of a kind of which there are few.
         for i in cutlass.range(box_columns, unroll=1):
-            column = column_tile * box_columns + i
-            cute.copy(self.atom, self.source[None, row_tile, column], self.to[None, 0, i, stage], tma_bar_ptr=barrier)
+            column = column_piece * box_columns + i
+            source = self.source[None, tile * self.row_pieces + row_piece, column]
+            cute.copy(self.atom, source, self.to[None, 0, i, stage], tma_bar_ptr=barrier)

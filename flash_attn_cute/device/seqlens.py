@@ -12,7 +12,7 @@ class Seqlens(NamedTuple):
     offset_q: Int32  # first row in a packed q, 0 in a batched one
     rows_q: Int32
     len_q: Int32
-    offset_k: Int32
+    offset_k: Int32  # first key in a packed k; in a batched or paged one what is left out of it
     len_k: Int32
 
     @staticmethod
@@ -27,6 +27,7 @@ class SeqlenTensors(NamedTuple):
     cu_seqlens_k: cute.Tensor | None
     seqused_q: cute.Tensor | None
     seqused_k: cute.Tensor | None
+    leftpad_k: cute.Tensor | None = None
 
 
 class SeqlenSource(NamedTuple):
@@ -66,4 +67,7 @@ class SeqlenSource(NamedTuple):
                 len_k = t.cu_seqlens_k[index + 1] - offset_k
             if const_expr(t.seqused_k is not None):
                 len_k = t.seqused_k[index]
+            if const_expr(t.leftpad_k is not None):
+                offset_k = t.leftpad_k[index]
+                len_k = len_k - offset_k
         return Seqlens(offset_q, rows_q, len_q * is_sequence, offset_k, len_k * is_sequence)

@@ -66,12 +66,31 @@ def test_key_tells_generated_code_apart():
         {"sink_dtype": BF16},
         {"return_lse": True},
         {"scheduler": "dynamic"},
+        {"max_seqlen_q": 1},
+        {"has_leftpad_k": True},
+        {"has_cache_batch_idx": True},
+        *({"page_size": size, "max_pages": 4} for size in (128, 64, 4)),
     ]
     problems = [plain, *(dataclasses.replace(plain, **fields) for fields in changed)]
-    keys = {
-        launch.KernelKey.of(p, "sm_90a", packed=bool(p.pack_gqa), dynamic=p.scheduler == "dynamic") for p in problems
-    }
+    keys = {launch.plan(p, HOPPER).key for p in problems}
     assert len(keys) == len(problems)
+
+
+@pytest.mark.parametrize(
+    ("page_size", "span"), [(1, 0), (4, 0), (8, 8), (48, 16), (100, 0), (128, 128), (256, 128), (1000, 8)]
+)
+def test_pages_are_loaded_in_the_longest_spans(page_size, span):
+    paged = dataclasses.replace(packed_problem([64]), k_packed=False, page_size=page_size, max_pages=4)
+    assert launch.plan(paged, HOPPER).key.page_span == span
+    assert launch.plan(paged, HOPPER, tma_reaches_keys=False).key.page_span == 0
+
+
+def test_a_plan_decides_the_tile_of_its_calls():
+    problem = packed_problem([1] * 8, heads=8, kv_heads=2)
+    few = launch.query_tiling("sm_90a", 128, 128, 4, None, 1, 1)
+    assert few.few_rows and few.tokens_per_tile == 16
+    assert not launch.plan(dataclasses.replace(problem, total_q=100), HOPPER).key.few_rows
+    assert launch.query_tiling("sm_90a", 128, 128, 4, None, 1, 100, few.tokens_per_tile) == few
 
 
 @pytest.mark.parametrize("rows", [1, 4])

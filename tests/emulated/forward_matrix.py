@@ -125,3 +125,16 @@ def test_a_sequence_does_not_see_its_batch(emulation):
     out, lse = attention(tensors, causal=True, pack_gqa=False)
     alone = [attention(sequence_alone(tensors, index), causal=True, pack_gqa=False) for index in range(4)]
     assert_same((torch.cat([one for one, _ in alone]), torch.cat([one for _, one in alone], dim=1)), (out, lse))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_a_tile_for_few_rows_changes_no_bit(emulation, dims):
+    tensors = build_tensors(
+        [1, 4, 2], [150, 20, 300], heads=8, kv_heads=2, head_dim=dims[0], head_dim_v=dims[1], device=CUDA
+    )
+    expected = attention(tensors, causal=True)
+    few = attention(tensors, causal=True, max_seqlen_q=4)
+    split = attention(tensors, causal=True, max_seqlen_q=4, seqlen_k_per_split=1 << 20)
+    for got in (few, split):
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert_close_to_reference(*expected, tensors, problem_of(tensors, causal=True))

@@ -1,0 +1,230 @@
+"""Keys and values in pages: where the rows of a KV tile are, and two ways to load them.
+
+Row i of a sequence is row i % page_size of the page that its table names at i // page_size. A KV tile is loaded in
+spans, the longest runs of rows that divide both pages and tiles, so that a span never leaves its page. Where a span has
+whole swizzle patterns of 8 rows, TMA loads it (`PagedTileLoader`); otherwise threads gather rows with cp.async
+(`RowGatherer`, as FlashAttention-3 does for all pages but its own size), which takes any start of a row. Either way
+rows behind the last key arrive as zeros, and neither their pages nor their table entries are read.
+
+A table entry takes a trip to memory, so loading is in two steps: `find` starts to read the entries of a KV tile, and
+`load`, called one KV tile later, uses them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import cpasync
+from cutlass.cutlass_dsl import dsl_user_op
+
+from flash_attn_cute.device.divisor import Divisor
+from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.ragged_tma import swizzled_columns
+
+WARP = 32
+CHUNK = 8  # elements in the 16 bytes that one cp.async moves; all of this is of elements of 16 bits
+
+
+def page_view(x: cute.Tensor) -> cute.Tensor:
+    """(page_size, D, Hk, pages, page_size + 1) of a (pages, page_size, Hk, D) cache.
+
+    The last mode is that of ragged_tma, applied to a page: with n rows of it in use, row i has the coordinates
+    (page_size - n + i, n), and rows from n on are out of bounds.
+    """
+    view = cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0]))
+    rows = view.shape[0]
+    start = cute.domain_offset((-rows, 0, 0, 0), view).iterator
+    return cute.make_tensor(start, cute.make_layout((*view.shape, rows + 1), stride=(*view.stride, view.stride[0])))
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Pages of one sequence."""
+
+    entries: cute.Tensor  # (W,) int32
+    page_size: Int32
+    by_page_size: Divisor
+    len_k: Int32
+    leftpad: Int32 | None  # rows before the first key; None: there is no such thing
+    span: int  # rows; of no meaning where rows are gathered
+
+    def position(self, row: Int32) -> Int32:
+        return row if const_expr(self.leftpad is None) else row + self.leftpad
+
+    @cute.jit
+    def entry(self, row: Int32) -> Int32:
+        """The page that holds a row, or page 0 for a page without keys."""
+        number = self.by_page_size.floor(self.position(row))
+        page = Int32(0)
+        if number * self.page_size < self.position(self.len_k) and number < cute.size(self.entries):
+            page = self.entries[number]
+        return page
+
+
+class PagesOfTile(NamedTuple):
+    """A KV tile whose pages have been looked up. Lanes hold them as the loader has asked."""
+
+    kv_tile: Int32
+    pages: tuple
+
+
+@dataclass(frozen=True)
+class PagedTileLoader:
+    """Loads one operand with TMA into the stages of a ring, box by box. One warp calls it.
+
+    A stage is (rows, columns) of a KV tile: all of it, or a piece.
+    """
+
+    atom: cute.CopyAtom
+    source: cute.Tensor  # coordinates of a `page_view`, of one head: (page_size, D, pages, page_size + 1)
+    boxes: cute.Tensor  # (rows of a box, columns of a box, row boxes, column boxes, stages) of shared memory
+    ring: MbarrierRing
+    table: PageTable
+    tile_n: int
+
+    @staticmethod
+    def create(atom, source, head: Int32, box, smem: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n: int):
+        """smem: (rows, columns, stages); box: (rows, columns)."""
+        boxes = cute.flat_divide(smem, box)
+        return PagedTileLoader(atom, source[None, None, head, None, None], boxes, ring, table, tile_n)
+
+    def find(self, kv_tile: Int32) -> PagesOfTile:
+        return find_spans(self.table, kv_tile, self.tile_n)
+
+    @cute.jit
+    def load(self, position: RingPosition, tile: PagesOfTile, row_piece: Int32 = 0, column_piece: Int32 = 0):
+        """Acquires the stage and starts its copies. Pieces count stages."""
+        table = self.table
+        box_rows, box_columns, row_boxes, column_boxes = [cute.size(self.boxes, mode=[i]) for i in range(4)]
+        stage_bytes = box_rows * box_columns * row_boxes * column_boxes * self.boxes.element_type.width // 8
+        self.ring.acquire_for_bytes(position, stage_bytes)
+        stage, barrier = self.ring.stage(position), self.ring.full_barrier(position)
+        for i in cutlass.range(row_boxes, unroll=1):
+            in_tile = (row_piece * row_boxes + i) * box_rows
+            page = cute.arch.shuffle_sync(tile.pages[0], in_tile // table.span)
+            row = tile.kv_tile * self.tile_n + in_tile
+            first = table.by_page_size.floor(row) * table.page_size
+            used = cutlass.max(cutlass.min(table.len_k - first, table.page_size), 0)
+            rows = cute.domain_offset((table.page_size - used + row - first, 0), self.source[None, None, page, used])
+            for j in cutlass.range(column_boxes, unroll=1):
+                source = cute.local_tile(rows, (box_rows, box_columns), (0, column_piece * column_boxes + j))
+                to, source = cpasync.tma_partition(
+                    self.atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(self.boxes[None, None, i, j, stage], 0, 2),
+                    cute.group_modes(source, 0, 2),
+                )
+                cute.copy(self.atom, source, to, tma_bar_ptr=barrier)
+
+
+@cute.jit
+def find_spans(table: PageTable, kv_tile: Int32, tile_n: int) -> PagesOfTile:
+    """Lane i gets the page of span i of a KV tile; of a negative tile, which is none, page 0."""
+    page, lane = Int32(0), cute.arch.lane_idx()
+    if lane < tile_n // table.span and kv_tile >= 0:
+        page = table.entry(kv_tile * tile_n + lane * table.span)
+    return PagesOfTile(kv_tile, (page,))
+
+
+@dataclass(frozen=True)
+class RowGatherer:
+    """Loads one operand with cp.async into the stages of a ring, row by row. `warps` warps share the work.
+
+    The full barriers of the ring take an arrival from each of their threads. What cp.async writes belongs to the
+    generic proxy: who waits for it has to fence before the tensor cores read it.
+    """
+
+    rows: cute.Tensor  # (pages, page_size, columns) of one head
+    stages: cute.Tensor  # (rows, columns, stages) of shared memory; columns that `rows` does not have become zeros
+    ring: MbarrierRing
+    table: PageTable
+    tile_n: int
+    warp: Int32  # of the `warps` that load
+    warps: int
+
+    @staticmethod
+    def create(x, head: Int32, stages: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n, warp: Int32, warps):
+        """x: (pages, page_size, Hk, columns)."""
+        return RowGatherer(x[None, None, head, None], stages, ring, table, tile_n, warp, warps)
+
+    @property
+    def swizzle_bytes(self) -> int:
+        return 2 * swizzled_columns(cute.size(self.stages, mode=[1]))
+
+    @property
+    def groups(self) -> int:
+        """Of 32 rows of a KV tile, those that a warp takes care of."""
+        return -(-self.tile_n // (WARP * self.warps))
+
+    def _group_row(self, i: int) -> Int32:
+        """The first row of a warp's i-th group in a KV tile."""
+        return (i * self.warps + self.warp) * WARP
+
+    @cute.jit
+    def find(self, kv_tile: Int32) -> PagesOfTile:
+        """Lane i gets the pages of row i of each of its warp's groups; -1 where there is no key."""
+        pages, lane = [Int32(-1)] * self.groups, cute.arch.lane_idx()
+        for i in cutlass.range_constexpr(self.groups):
+            row = kv_tile * self.tile_n + self._group_row(i) + lane
+            if row >= 0 and row < self.table.len_k:
+                pages[i] = self.table.entry(row)
+        return PagesOfTile(kv_tile, tuple(pages))
+
+    @cute.jit
+    def load(self, position: RingPosition, tile: PagesOfTile, row_piece: Int32 = 0, column_piece: Int32 = 0):
+        """Waits until the stage is empty and starts its copies. Pieces count stages."""
+        self.ring.wait_empty(position)
+        table, lane = self.table, cute.arch.lane_idx()
+        stage = self.stages[None, None, self.ring.stage(position)].iterator.toint()
+        for i in cutlass.range_constexpr(self.groups):
+            in_tile = self._group_row(i)
+            row = table.position(tile.kv_tile * self.tile_n + in_tile + lane)
+            in_page = row - table.by_page_size.floor(row) * table.page_size
+            offset, has_key = Int64(0), Int32(0)
+            if tile.pages[i] >= 0:
+                offset, has_key = Int64(cute.crd2idx((tile.pages[i], in_page, 0), self.rows.layout)), Int32(1)
+            in_stage = in_tile - row_piece * cute.size(self.stages, mode=[0])
+            self._copy_group(stage, in_stage, offset, has_key, column_piece)
+        cute.arch.cp_async_mbarrier_arrive_noinc(self.ring.full_barrier(position))
+
+    @cute.jit
+    def _copy_group(self, stage: Int32, first_row: Int32, offset: Int64, has_key: Int32, column_piece: Int32):
+        """32 rows, of which each lane knows one. first_row: in the stage; rows that are not in it are left out."""
+        chunks = self.swizzle_bytes // 16  # of a row in a block of columns
+        rows_at_once = WARP // chunks
+        stage_rows, stage_columns = (cute.size(self.stages, mode=[i]) for i in range(2))
+        lane = cute.arch.lane_idx()
+        chunk = lane % chunks
+        address = self.rows.iterator.toint()
+        for r in cutlass.range(0, WARP, rows_at_once, unroll=1):
+            source_lane = r + lane // chunks
+            row = first_row + source_lane
+            row_offset = cute.arch.shuffle_sync(offset, source_lane)
+            is_row = cute.arch.shuffle_sync(has_key, source_lane)
+            if row >= 0 and row < stage_rows:
+                for block in cutlass.range_constexpr(2 * stage_columns // self.swizzle_bytes):
+                    in_block = row * self.swizzle_bytes + chunk * 16
+                    swizzled = in_block ^ ((in_block >> 3) & (self.swizzle_bytes - 16))
+                    to = stage + block * (stage_rows * self.swizzle_bytes) + swizzled
+                    column = column_piece * stage_columns + block * (chunks * CHUNK) + chunk * CHUNK
+                    has_column = is_row if column < cute.size(self.rows, mode=[2]) else Int32(0)
+                    source = row_offset + column if has_column == 1 else Int64(0)
+                    _copy_or_zero(to, address + 2 * source, has_column * 16)
+
+
+@dsl_user_op
+def _copy_or_zero(to: Int32, source: Int64, num_bytes: Int32, *, loc=None, ip=None):
+    """Starts a copy of 16 bytes of global to shared memory, the last 16 - num_bytes of which are zeros, not read."""
+    llvm.inline_asm(
+        None,
+        [x.ir_value(loc=loc, ip=ip) for x in (Int32(to), Int64(source), Int32(num_bytes))],
+        "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+        "r,l,r",
+        has_side_effects=True,
+        loc=loc,
+        ip=ip,
+    )
