@@ -50,8 +50,8 @@ def test_key_tells_generated_code_apart():
     plain = packed_problem(pack_gqa=False)
     changed = [
         {"dtype": torch.float16},
-        {"head_dim": 64},
-        {"head_dim_v": 64},
+        {"head_dim": 64, "head_dim_v": 64},
+        {"head_dim": 192},
         {"num_heads": 16},
         {"pack_gqa": True},
         {"causal": True, "window_right": 0},
@@ -65,7 +65,7 @@ def test_key_tells_generated_code_apart():
         {"sink_dtype": torch.float32},
         {"sink_dtype": BF16},
         {"return_lse": True},
-        {"scheduler": "dynamic"},
+        {"scheduler": "static"},
         {"max_seqlen_q": 1},
         {"has_leftpad_k": True},
         {"has_cache_batch_idx": True},
