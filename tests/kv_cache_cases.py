@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_cute.kv_cache_arguments import KvCacheTensors
+from flash_attn_cute import kv_cache_reference
+from flash_attn_cute.kv_cache_arguments import KvCacheTensors, check
+from flash_attn_cute.launch_append_kv import PreparedAppend
 from tests.attention_cases import NAN, RUBBISH_PAGES, cu_seqlens
 
 
@@ -140,3 +142,28 @@ def assert_same_rows(got: Tensor, expected: Tensor, *, rotated: bool) -> None:
     last_bit = torch.finfo(expected.dtype).eps
     allowed = last_bit * expected.double().abs().nan_to_num(0.0) + 1e-5 if rotated else 0.0
     assert bool((difference <= allowed).all()), f"off by up to {difference.max():.3e}"
+
+
+class Appended(NamedTuple):
+    tensors: KvCacheTensors
+    q: Tensor
+    lengths: Tensor
+
+
+def append(tensors: KvCacheTensors, interleaved: bool = True, causal: bool = True) -> tuple[Appended, Appended]:
+    """What the kernel does to CUDA tensors, and the specification to copies of them."""
+    expected = on_device(tensors, "cpu")
+    problem, rotary = check(tensors, interleaved, causal=causal)
+    got = Appended(tensors, *PreparedAppend.of(tensors, rotary, problem.batch_size).run(tensors))
+    return got, Appended(expected, *kv_cache_reference.append(expected, rotary))
+
+
+def assert_same_appended(got: Appended, expected: Appended) -> None:
+    """What is copied is equal, NaN included, so nothing else of the cache was written."""
+    (tensors, q, lengths), (expected_tensors, expected_q, expected_lengths) = got, expected
+    rotates = tensors.rotary_cos is not None
+    assert torch.equal(lengths.cpu(), expected_lengths)
+    assert_same_rows(tensors.v_cache, expected_tensors.v_cache, rotated=False)
+    assert_same_rows(tensors.k_cache, expected_tensors.k_cache, rotated=rotates)
+    assert_same_rows(q, expected_q, rotated=rotates)
+    assert rotates or q is tensors.q

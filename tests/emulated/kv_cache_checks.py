@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flash_attn_cute import kv_cache_reference, store_kv_cache
-from flash_attn_cute.kv_cache_arguments import KvCacheTensors, check
+from flash_attn_cute.kv_cache_arguments import check
 from flash_attn_cute.launch_append_kv import PreparedAppend
-from tests.kv_cache_cases import CacheCase, assert_same_rows, build, on_device
+from tests.kv_cache_cases import CacheCase, append, assert_same_appended, assert_same_rows, build, on_device
 
 SCHEDULES = ["in-order", "random", "delayed"]
 
@@ -34,25 +34,6 @@ CASES = {
 }
 
 
-def append(tensors: KvCacheTensors, interleaved: bool = True, causal: bool = True):
-    """The kernel, and the specification on copies: ((tensors, q, lengths) of each)."""
-    expected = on_device(tensors, "cpu")
-    problem, rotary = check(tensors, interleaved, causal=causal)
-    got = tensors, *PreparedAppend.of(tensors, rotary, problem.batch_size).run(tensors)
-    return got, (expected, *kv_cache_reference.append(expected, rotary))
-
-
-def assert_same(got, expected):
-    """What is copied is equal, NaN included, so nothing else of the cache was written."""
-    (tensors, q, lengths), (expected_tensors, expected_q, expected_lengths) = got, expected
-    rotates = tensors.rotary_cos is not None
-    assert torch.equal(lengths.cpu(), expected_lengths)
-    assert_same_rows(tensors.v_cache, expected_tensors.v_cache, rotated=False)
-    assert_same_rows(tensors.k_cache, expected_tensors.k_cache, rotated=rotates)
-    assert_same_rows(q, expected_q, rotated=rotates)
-    assert rotates or q is tensors.q
-
-
 PAGE_SIZES = (1, 3, 16, 64)
 
 
@@ -64,14 +45,14 @@ def test_append_equals_the_reference(emulation, name, page_size):
     case, interleaved, causal = CASES[name]
     for seed, schedule in enumerate(SCHEDULES):
         emulation.reschedule(schedule, seed=seed)
-        assert_same(*append(build(case._replace(page_size=page_size), "cuda", seed), interleaved, causal))
+        assert_same_appended(*append(build(case._replace(page_size=page_size), "cuda", seed), interleaved, causal))
     emulation.reschedule("in-order")
 
 
 def test_rotary_may_begin_elsewhere(emulation):
     tensors = build(RAGGED._replace(rotary_dim=32), "cuda")
     starts = torch.tensor([11, 0, 3, 60, 2], dtype=torch.int32, device="cuda")
-    assert_same(*append(tensors._replace(rotary_seqlens=starts), interleaved=False))
+    assert_same_appended(*append(tensors._replace(rotary_seqlens=starts), interleaved=False))
 
 
 def test_empty_slots_of_a_batch_are_left_alone(emulation):
@@ -79,13 +60,13 @@ def test_empty_slots_of_a_batch_are_left_alone(emulation):
     tensors = build(CacheCase([16, 5, 0, 0], [1] * 4, [1] * 4, packed_q=False, packed_k=False), "cuda")
     tensors.page_table[2:] = -1
     got, expected = append(tensors)
-    assert_same(got, expected)
+    assert_same_appended(got, expected)
     assert got[2].tolist() == [17, 6, 0, 0]
 
     tensors = build(CacheCase([4, 0], [1] * 2, [1] * 2, packed_q=False, packed_k=False, page_size=None), "cuda")
     tensors.cache_batch_idx[1] = -1
     got, expected = append(tensors)
-    assert_same(got, expected)
+    assert_same_appended(got, expected)
     assert got[2].tolist() == [5, 0]
 
 
@@ -94,7 +75,7 @@ def test_tokens_of_no_sequence(emulation):
     tensors = build(RAGGED._replace(rotary_dim=32), "cuda")
     shorter = torch.tensor([0, 5, 6, 20, 20, 20], dtype=torch.int32, device="cuda")
     got, expected = append(tensors._replace(cu_seqlens_q=shorter, cu_seqlens_k_new=shorter))
-    assert_same(got, expected)
+    assert_same_appended(got, expected)
     assert torch.equal(got[1][20:], tensors.q[20:])
 
 
@@ -130,7 +111,7 @@ def test_no_tokens_of_a_kind(emulation, queries, new):
     """Lengths are written all the same."""
     case = CacheCase([5, 0], [new] * 2, [queries] * 2, packed_q=False, packed_k=False, rotary_dim=16)
     got, expected = append(build(case, "cuda"))
-    assert_same(got, expected)
+    assert_same_appended(got, expected)
     assert got[2].tolist() == [5 + new, new]
 
 

@@ -1,0 +1,3 @@
+"""Key-value caches on a Blackwell GPU."""
+
+from tests.kv_cache_matrix import *  # noqa: F403
