@@ -75,4 +75,6 @@ def captured(call: Attention) -> Attention:
         graph.replay()
         return output
 
+    # The graph reads what the call holds, its plan for one, and does not keep it alive.
+    replay.captured = call
     return replay
