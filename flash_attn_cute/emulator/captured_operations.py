@@ -40,7 +40,8 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.is_view:
             return result
-        made = list(_tensors(result))
+        # The memory that they have now: one that is moved, to be aligned, has its new memory filled from there.
+        made = [tensor.detach() for tensor in _tensors(result)]
         for tensor in made:
             self._graphs.keep(tensor)
         if made and "empty" not in func._schema.name:

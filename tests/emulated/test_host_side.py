@@ -270,6 +270,7 @@ def test_graphs_repeat_what_torch_computes(tmp_path):
         fresh = torch.zeros(200, device="cuda")
         fresh[3:5].copy_(x[3:5])
         fresh += 1
+        doubled = [x * 2 for _ in range(8)]  # in memory of any alignment
         total = scaled_sum(x)
         try:
             total.item()
@@ -282,6 +283,7 @@ def test_graphs_repeat_what_torch_computes(tmp_path):
         x.fill_(count)
         graph.replay()
         assert calls.item() == count and on_host.item() == 1
+        assert all((each == 2 * count).all() for each in doubled)
         assert fresh.sum() == 200 + 2 * count and total.item() == 3 * count * x.numel()
     """
     )
