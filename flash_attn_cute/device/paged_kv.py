@@ -63,6 +63,17 @@ class PageTable:
             page = self.entries[number]
         return page
 
+    @cute.jit
+    def in_view(self, row: Int32, first: Int32):
+        """The coordinates (row, rows in use) of a `page_view`, for a row of the page whose first row is `first`."""
+        used = cutlass.min(self.len_k - first, self.page_size)
+        row_in_view = self.page_size - used + row - first
+        # A box that is out of bounds as a whole still has its nearest element's address looked up (seen on an H200, as
+        # an illegal address): with no row in use that would be the row before the page.
+        if used < 1:
+            row_in_view, used = self.page_size, Int32(1)
+        return row_in_view, used
+
 
 class PagesOfTile(NamedTuple):
     """A KV tile whose pages have been looked up. Lanes hold them as the loader has asked."""
@@ -107,8 +118,8 @@ class PagedTileLoader:
             page = cute.arch.shuffle_sync(tile.pages[0], in_tile // table.span)
             row = tile.kv_tile * self.tile_n + in_tile
             first = table.by_page_size.floor(row) * table.page_size
-            used = cutlass.max(cutlass.min(table.len_k - first, table.page_size), 0)
-            rows = cute.domain_offset((table.page_size - used + row - first, 0), self.source[None, None, page, used])
+            row_in_view, used = table.in_view(row, first)
+            rows = cute.domain_offset((row_in_view, 0), self.source[None, None, page, used])
             for j in cutlass.range(column_boxes, unroll=1):
                 source = cute.local_tile(rows, (box_rows, box_columns), (0, column_piece * column_boxes + j))
                 to, source = cpasync.tma_partition(
