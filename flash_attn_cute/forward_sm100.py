@@ -410,7 +410,7 @@ class ForwardSm100:
         pieces = self.spec.tile.k_pieces
         if tile_index >= ranges.first:
             for piece in cutlass.range(pieces, unroll=1):
-                loader.load(position, tile_index, piece)
+                loader.load(position, tile_index, column_piece=piece)
                 position = position.next()
         return position
 
