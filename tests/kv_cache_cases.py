@@ -20,7 +20,8 @@ class CacheCase(NamedTuple):
     cached: Sequence[int]  # keys of each sequence before it
     new_k: Sequence[int]
     new_q: Sequence[int]
-    page_size: int | None = 16  # None: a row of the cache a sequence, through cache_batch_idx
+    page_size: int | None = 16  # None: a row of the cache a sequence
+    indexed: bool = True  # rows through cache_batch_idx, where there are no pages
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
@@ -47,9 +48,10 @@ def build(case: CacheCase, device: torch.device | str = "cpu", seed: int = 0) ->
     lengths = [cached + new for cached, new in zip(case.cached, case.new_k, strict=True)]
     page_table = cache_batch_idx = None
     if case.page_size is None:
-        rows, size = batch + 2, max(lengths) + 3
-        cache_batch_idx = torch.randperm(rows, generator=generator)[:batch].to(torch.int32)
-        places = [(cache_batch_idx[b].repeat(n), torch.arange(n)) for b, n in enumerate(case.cached)]
+        rows, size = batch + 2 * case.indexed, max(lengths) + 3
+        own = torch.randperm(rows, generator=generator)[:batch] if case.indexed else torch.arange(batch)
+        cache_batch_idx = own.to(torch.int32) if case.indexed else None
+        places = [(own[b].repeat(n), torch.arange(n)) for b, n in enumerate(case.cached)]
     else:
         size = case.page_size
         page_table, rows = _page_table(lengths, size, generator)

@@ -7,6 +7,7 @@ from flash_attn_cute import kv_cache_reference, store_kv_cache
 from flash_attn_cute.kv_cache_arguments import check
 from flash_attn_cute.launch_append_kv import PreparedAppend
 from tests.kv_cache_cases import CacheCase, append, assert_same_appended, assert_same_rows, build, on_device
+from tests.kv_cache_matrix import assert_right
 
 SCHEDULES = ["in-order", "random", "delayed"]
 
@@ -113,6 +114,25 @@ def test_no_tokens_of_a_kind(emulation, queries, new):
     got, expected = append(build(case, "cuda"))
     assert_same_appended(got, expected)
     assert got[2].tolist() == [5 + new, new]
+
+
+def test_one_call_appends_and_attends(emulation):
+    """The Blackwell kernel takes no cache_batch_idx yet."""
+    indexed = emulation.arch == "sm_90a"
+    case = RAGGED._replace(page_size=None, indexed=indexed, rotary_dim=32, head_dim_v=64)
+    assert_right(build(case, "cuda"), causal=True, num_splits=1)
+
+
+def test_one_call_over_pages(emulation):
+    """The second batch has empty slots, and in the third the first keys are left out."""
+    options = {"rotary_interleaved": False, "causal": True, "num_splits": 1}
+    case = RAGGED._replace(rotary_dim=64, head_dim_v=64)
+    assert_right(build(case, "cuda"), **options)
+    tensors = build(case._replace(cached=[16, 5, 0, 0, 0], new_k=[1, 1, 0, 0, 0], new_q=[1, 1, 0, 0, 0]), "cuda")
+    tensors.page_table[2:] = -1
+    assert_right(tensors, **options)
+    leftpad = torch.tensor([3, 0, 17, 0, 63], dtype=torch.int32, device="cuda")
+    assert_right(build(case, "cuda")._replace(cache_leftpad=leftpad), **options)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 64])
