@@ -72,7 +72,9 @@ class Operands(NamedTuple):
 class Shared:
     """Shared memory of a CTA: tiles as (rows, columns, stages), factors of rows, and what warps meet on.
 
-    Rings that belong to a query tile come as functions of its index.
+    Rings that belong to a query tile come as functions of its index. Where outputs lie over queries, the next scores of
+    a query tile come behind its stored output, when nothing of that is in use any more: the rings of factors and of
+    outputs are then empty without being told.
     """
 
     q: cute.Tensor  # a stage a query tile, as out
@@ -107,7 +109,7 @@ class Shared:
         return self._ring(index, 8)
 
     def output_ring(self, index) -> MbarrierRing:
-        """Full: the finished output is staged. Empty: it has been stored."""
+        """Full: the finished output is staged. Empty: it has been stored, or else the queries' ring is."""
         return self._ring(index, 10)
 
     @cute.jit
@@ -246,9 +248,7 @@ class ForwardSm100:
                 cute.arch.mbarrier_init_fence()
         if warp == self.mma_warp:
             cute.arch.alloc_tmem(tensor_memory.COLUMNS, columns_start)
-        tensor_memory.fence_before_arrival()
         cute.arch.sync_threads()
-        tensor_memory.fence_after_wait()
         columns = cute.arch.retrieve_tmem_ptr(Float32, 16, columns_start)
         if const_expr(self.spec.splits):
             # The combine kernel's CTAs may take the place of ours as they leave.
@@ -274,11 +274,9 @@ class ForwardSm100:
             if warp == self.schedule_warp:
                 order = tile_order(self.spec, tensors, scalars, source)
                 schedule(self.spec, order, scheduler, shared.mailbox, window, tensors)
-        # Nobody reaches into tensor memory any more.
-        tensor_memory.fence_before_arrival()
+        # Whatever anyone did in tensor memory, that warp has waited for its end.
         cute.arch.sync_threads()
         if warp == self.mma_warp:
-            tensor_memory.fence_after_wait()
             cute.arch.relinquish_tmem_alloc_permit()
             cute.arch.dealloc_tmem(columns, tensor_memory.COLUMNS)
 
@@ -500,7 +498,6 @@ class ForwardSm100:
             s = products.columns + (i + scores.stage(position)) * tile.tile_n
             for piece in cutlass.range(tile.k_pieces, unroll=1):
                 shared.kv_ring.wait_full(k_position.advanced(piece))
-                tensor_memory.fence_after_wait()
                 a = products.q.at(Int32(i), piece * products.k.steps)
                 b = products.k.at(shared.kv_ring.stage(k_position.advanced(piece)))
                 umma.issue(self.s_product, s, a, products.q.step, b, products.k.step, products.k.steps, piece > 0)
@@ -527,12 +524,13 @@ class ForwardSm100:
         scores, position = shared.score_ring(i), p_positions[i]
         if key_tile >= kv.first and key_tile < kv.end:
             scores.wait_released(position)
+            # Also for the next scores in this place: products of a thread keep their order.
+            tensor_memory.fence_after_wait()
             # Probabilities are in the place of the scores that they come from, two a column.
             p = products.columns + (i + scores.stage(position)) * tile.tile_n
             o = products.columns + tile.output_column + i * tile.head_dim_v
             for piece in cutlass.range(tile.v_pieces, unroll=1):
                 shared.kv_ring.wait_full(v_position.advanced(piece))
-                tensor_memory.fence_after_wait()
                 a = p + piece * (tile.v_rows // 2)
                 b = products.v.at(shared.kv_ring.stage(v_position.advanced(piece)))
                 accumulate = key_tile < kv.end - 1 or piece > 0
@@ -583,7 +581,8 @@ class ForwardSm100:
                     self._softmax_step(row, shared, kv, limits, step, position)
                     position = position.next()
                 factor, share, lse = self._totals(row.softmax, work, place, tensors)
-                shared.factor_ring(index).wait_empty(done)
+                if const_expr(not tile.output_over_queries):
+                    shared.factor_ring(index).wait_empty(done)
                 normalising[thread, index] = factor
                 if const_expr(tensors.sink is not None):
                     self._send_share(row, shared, share, position)
@@ -657,8 +656,9 @@ class ForwardSm100:
         factor, offset = row.softmax.raise_max(s)
         if step > 0:
             rescaling[row.memory.thread, buffer] = factor
-            # These scores came after the last output product: who hears of them may read the output.
-            tensor_memory.fence_before_arrival()
+            if const_expr(self.alternates):
+                # These scores came after the last output product: who hears of them may read the output.
+                tensor_memory.fence_before_arrival()
             cute.arch.barrier_arrive(barrier_id=_factors_barrier(buffer, row.memory.thread), number_of_threads=2 * WARP)
         sums = ()
         for first in cutlass.range_constexpr(0, tile.tile_n, tensor_memory.STEP):
@@ -667,7 +667,7 @@ class ForwardSm100:
             row.memory.store(column + first // 2, packed.rounded(block, spec.dtype))
         tensor_memory.wait_stored()
         tensor_memory.fence_before_arrival()
-        scores.release(position)
+        scores.release_converged(position)
         row.softmax.add(sums, factor)
 
     # Correction --------------------------------------------------------------------------------------------------
@@ -735,7 +735,7 @@ class ForwardSm100:
                     start = tile.output_column + i * tile.head_dim_v
                     accumulator_rows.rescale(memory, start, tile.head_dim_v, factor)
             tensor_memory.fence_before_arrival()
-            scores.release(position)
+            scores.release_converged(position)  # a vote or a wait of all lanes is behind them
             position = position.next()
         return _replaced(positions, i, position)
 
@@ -753,15 +753,15 @@ class ForwardSm100:
     ):
         """Normalises the output of a query tile into its stage, or that of a split into the workspace."""
         tile = self.spec.tile
-        normalising, output = shared.factor_ring(i), shared.output_ring(i)
-        normalising.wait_full(done)
+        factors, output = shared.factor_ring(i), shared.output_ring(i)
+        factors.wait_full(done)
         factor, share = shared.normalising[memory.thread, i], None
         if const_expr(tensors.sink is not None):
             share = shared.rescaling[memory.thread, i + shared.score_ring(i).stage(position)]
-        normalising.release(done)
         shared.product_ring(i).wait_full(done if const_expr(self.alternates) else RingPosition(position.count - 1))
         tensor_memory.fence_after_wait()
-        output.wait_empty(done)
+        if const_expr(not tile.output_over_queries):
+            output.wait_empty(done)
         start = tile.output_column + i * tile.head_dim_v
         if const_expr(self.spec.splits):
             if work.num_splits == 1:
@@ -773,6 +773,8 @@ class ForwardSm100:
         else:
             accumulator_rows.stage(memory, start, shared.out[memory.thread, None, i], factor, share)
         output.fill(done)
+        if const_expr(not tile.output_over_queries):
+            factors.release_converged(done)
 
     # Storing -----------------------------------------------------------------------------------------------------
 
@@ -790,9 +792,10 @@ class ForwardSm100:
                     shared.output_ring(i).wait_full(done[i])
                     if work.num_splits == 1:  # others have nothing staged
                         self._store_staged(out, shared, work, seqlens, i, tensors)
-                    shared.output_ring(i).release(done[i])
                     if const_expr(spec.tile.output_over_queries):
                         shared.q_ring(i).release(done[i])
+                    else:
+                        shared.output_ring(i).release(done[i])
             done = _advance_where(done, ranges)
             tile_position = tile_position.next()
             work, seqlens = shared.mailbox.receive(tile_position)

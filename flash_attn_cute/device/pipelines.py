@@ -99,7 +99,7 @@ class MbarrierRing:
 
     @cute.jit
     def release_converged(self, position: RingPosition):
-        """The same behind something that all lanes execute together, after the last of them has read the stage: what
-        wgmma reads, wgmma.wait_group.sync.aligned tells all lanes that it has."""
+        """The same behind something that all lanes execute together, after the last of them has read the stage: a vote,
+        a barrier, or wgmma.wait_group.sync.aligned, which tells all lanes what wgmma has read."""
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.empty_barrier(position))

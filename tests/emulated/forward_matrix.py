@@ -34,6 +34,7 @@ CASES = {
     "d128-causal-packed-heads": ({"head_dim": 128, "heads": 8}, {"causal": True, "pack_gqa": True}),
     "d128-window": ({"head_dim": 128}, {"window_size": (60, 20)}),
     "d40-causal-fp16": ({"head_dim": 40, "dtype": torch.float16}, {"causal": True}),
+    "d96-causal": ({"head_dim": 96}, {"causal": True}),
     "d192-128-causal": ({"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
     "d256-full": ({"head_dim": 256}, {}),
     "d256-full-large-scores": ({"head_dim": 256}, {"softmax_scale": 0.7}),
@@ -118,6 +119,24 @@ def test_prefill_equals_decode(emulation, dims):
         cu_seqlens([row + 1 for row in rows], CUDA),
     )
     assert_same(attention(decode, causal=True, pack_gqa=False), (out[rows], lse[:, rows]))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)], ids=str)
+def test_a_tile_that_a_row_does_not_see_is_neutral(emulation, dims):
+    """Rows of a query tile whose window lies before or behind that of others: first tiles, and last, are all masked."""
+    lengths, (left, right) = (200, 333), (100, 30)
+    tensors = large_scores([lengths[0]], [lengths[1]], head_dim=dims[0], head_dim_v=dims[1])
+    out, lse = attention(tensors, window_size=(left, right), pack_gqa=False)
+    rows = [0, 64, 127, 128, 169]
+    # One query each, over the keys up to its last: the same window of keys at the same places.
+    keys = [lengths[1] - lengths[0] + row + right + 1 for row in rows]
+    alone = AttentionTensors(
+        tensors.q[rows],
+        *(torch.cat([tensor[:end] for end in keys]) for tensor in (tensors.k, tensors.v)),
+        cu_seqlens([1] * len(rows), CUDA),
+        cu_seqlens(keys, CUDA),
+    )
+    assert_same(attention(alone, window_size=(left + right, 0), pack_gqa=False), (out[rows], lse[:, rows]))
 
 
 def test_a_sequence_does_not_see_its_batch(emulation):
