@@ -23,7 +23,7 @@ from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
-from flash_attn_cute.device.paged_kv import PagedTileLoader, RowGatherer, page_view
+from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.scheduling_warp import schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
@@ -56,10 +56,13 @@ FIRST_TURN = 1
 
 
 class Operand(NamedTuple):
-    """One operand: the TMA copy, its coordinate tensor, and where it lands. Without a copy, the tensor itself."""
+    """One operand: the TMA copy, its coordinate tensor, and where it lands.
+
+    Of paged keys there is no copy here: source is the copies of pages, or the tensor itself where rows are gathered.
+    """
 
     atom: cute.CopyAtom | None
-    source: cute.Tensor
+    source: cute.Tensor | PageCopies
     smem_layout: cute.ComposedLayout
 
 
@@ -148,7 +151,11 @@ class ForwardSm90:
             return Operand(None, x, smem_layout)
         rows, columns = (cute.size(smem_layout, mode=[i]) for i in range(2))
         if tensors.page_table is not None:
-            return Operand(*self._page_tma(x, columns), smem_layout)
+            # A copy takes a span of a page, as wide as the swizzle: where a span ends another page goes on.
+            box = (self.spec.page_span, ragged_tma.swizzled_columns(columns))
+            return Operand(
+                None, PageCopies.create(x, cute.select(self._smem_layout(*box, 1), mode=[0, 1]), box), smem_layout
+            )
         view = ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k)
         return Operand(*self._tma(view, smem_layout, (rows, columns)), smem_layout)
 
@@ -180,11 +187,6 @@ class ForwardSm90:
     def _tma(view: cute.Tensor, smem_layout: cute.ComposedLayout, box):
         stage = cute.select(smem_layout, mode=[0, 1])
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, stage, box)
-
-    def _page_tma(self, x: cute.Tensor, columns: int):
-        """A copy takes a span of a page, as wide as the swizzle: where a span ends another page goes on."""
-        box = (self.spec.page_span, ragged_tma.swizzled_columns(columns))
-        return self._tma(page_view(x), self._smem_layout(*box, 1), box)
 
     # ---------------------------------------------------------------------------------------------------------------
     # Device side
@@ -343,7 +345,7 @@ class ForwardSm90:
         if spec.gathers:
             return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, GATHER_WARPS)
         box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
-        return PagedTileLoader.create(operand.atom, operand.source, head, box, smem, ring, table, tile_n)
+        return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n)
 
     def _consumer(self, s_mma, o_mma, stages: Stages, scalars: ForwardScalars) -> Consumer:
         tile = self.spec.tile

@@ -29,12 +29,19 @@ CHUNK = 8  # elements in the 16 bytes that one cp.async moves; all of this is of
 
 
 def page_view(x: cute.Tensor) -> cute.Tensor:
-    """(page_size, D, Hk, pages, page_size + 1) of a (pages, page_size, Hk, D) cache.
+    """(page_size, D, Hk, pages) of a (pages, page_size, Hk, D) cache."""
+    return cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0]))
+
+
+def page_end_view(x: cute.Tensor) -> cute.Tensor:
+    """(page_size, D, Hk, pages, page_size + 1) of a (pages, page_size, Hk, D) cache: pages that end early.
 
     The last mode is that of ragged_tma, applied to a page: with n rows of it in use, row i has the coordinates
-    (page_size - n + i, n), and rows from n on are out of bounds.
+    (page_size - n + i, n), and rows from n on are out of bounds. For boxes that have a row in use only: the copy engine
+    looks up the first address of a tensor for a box that is out of bounds as a whole (seen on an H200, as an illegal
+    address), and this one begins a page before the cache.
     """
-    view = cute.make_tensor(x.iterator, cute.select(x.layout, mode=[1, 3, 2, 0]))
+    view = page_view(x)
     rows = view.shape[0]
     start = cute.domain_offset((-rows, 0, 0, 0), view).iterator
     return cute.make_tensor(start, cute.make_layout((*view.shape, rows + 1), stride=(*view.stride, view.stride[0])))
@@ -63,16 +70,21 @@ class PageTable:
             page = self.entries[number]
         return page
 
-    @cute.jit
-    def in_view(self, row: Int32, first: Int32):
-        """The coordinates (row, rows in use) of a `page_view`, for a row of the page whose first row is `first`."""
-        used = cutlass.min(self.len_k - first, self.page_size)
-        row_in_view = self.page_size - used + row - first
-        # A box that is out of bounds as a whole still has its nearest element's address looked up (seen on an H200, as
-        # an illegal address): with no row in use that would be the row before the page.
-        if used < 1:
-            row_in_view, used = self.page_size, Int32(1)
-        return row_in_view, used
+
+class PageCopies(NamedTuple):
+    """What loads boxes of one operand from pages: whole boxes of rows in use or of none, and the one where they end."""
+
+    atom: cute.CopyAtom
+    source: cute.Tensor  # coordinates of `page_view`
+    end_atom: cute.CopyAtom
+    end_source: cute.Tensor  # coordinates of `page_end_view`
+
+    @staticmethod
+    def create(x: cute.Tensor, box_layout: cute.ComposedLayout, box):
+        """x: the cache. box_layout: of a box in shared memory."""
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        whole = cpasync.make_tiled_tma_atom(load, page_view(x), box_layout, box)
+        return PageCopies(*whole, *cpasync.make_tiled_tma_atom(load, page_end_view(x), box_layout, box))
 
 
 class PagesOfTile(NamedTuple):
@@ -89,18 +101,17 @@ class PagedTileLoader:
     A stage is (rows, columns) of a KV tile: all of it, or a piece.
     """
 
-    atom: cute.CopyAtom
-    source: cute.Tensor  # coordinates of a `page_view`, of one head: (page_size, D, pages, page_size + 1)
+    pages: PageCopies
+    head: Int32
     boxes: cute.Tensor  # (rows of a box, columns of a box, row boxes, column boxes, stages) of shared memory
     ring: MbarrierRing
     table: PageTable
     tile_n: int
 
     @staticmethod
-    def create(atom, source, head: Int32, box, smem: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n: int):
+    def create(pages: PageCopies, head: Int32, box, smem: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n):
         """smem: (rows, columns, stages); box: (rows, columns)."""
-        boxes = cute.flat_divide(smem, box)
-        return PagedTileLoader(atom, source[None, None, head, None, None], boxes, ring, table, tile_n)
+        return PagedTileLoader(pages, head, cute.flat_divide(smem, box), ring, table, tile_n)
 
     def find(self, kv_tile: Int32) -> PagesOfTile:
         return find_spans(self.table, kv_tile, self.tile_n)
@@ -118,18 +129,32 @@ class PagedTileLoader:
             page = cute.arch.shuffle_sync(tile.pages[0], in_tile // table.span)
             row = tile.kv_tile * self.tile_n + in_tile
             first = table.by_page_size.floor(row) * table.page_size
-            row_in_view, used = table.in_view(row, first)
-            rows = cute.domain_offset((row_in_view, 0), self.source[None, None, page, used])
-            for j in cutlass.range(column_boxes, unroll=1):
-                source = cute.local_tile(rows, (box_rows, box_columns), (0, column_piece * column_boxes + j))
-                to, source = cpasync.tma_partition(
-                    self.atom,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(self.boxes[None, None, i, j, stage], 0, 2),
-                    cute.group_modes(source, 0, 2),
-                )
-                cute.copy(self.atom, source, to, tma_bar_ptr=barrier)
+            to = self.boxes[None, None, i, None, stage]
+            if row < table.len_k and row + box_rows > table.len_k:
+                used = table.len_k - first
+                rows = self.pages.end_source[None, None, self.head, page, used]
+                rows = cute.domain_offset((table.page_size - used + row - first, 0), rows)
+                self._copy_columns(self.pages.end_atom, rows, to, column_piece, barrier)
+            else:
+                # Behind the last key, a row that no page has.
+                row_in_page = row - first if row < table.len_k else table.page_size
+                rows = cute.domain_offset((row_in_page, 0), self.pages.source[None, None, self.head, page])
+                self._copy_columns(self.pages.atom, rows, to, column_piece, barrier)
+
+    @cute.jit
+    def _copy_columns(self, atom: cute.CopyAtom, rows: cute.Tensor, to: cute.Tensor, column_piece: Int32, barrier):
+        """rows: coordinates from the first row of a box on; to: (rows, columns, column boxes) of shared memory."""
+        box_rows, box_columns, column_boxes = [cute.size(to, mode=[i]) for i in range(3)]
+        for j in cutlass.range(column_boxes, unroll=1):
+            source = cute.local_tile(rows, (box_rows, box_columns), (0, column_piece * column_boxes + j))
+            to_box, from_box = cpasync.tma_partition(
+                atom,
+                0,
+                cute.make_layout(1),
+                cute.group_modes(to[None, None, j], 0, 2),
+                cute.group_modes(source, 0, 2),
+            )
+            cute.copy(atom, from_box, to_box, tma_bar_ptr=barrier)
 
 
 @cute.jit
