@@ -18,7 +18,7 @@ from cutlass import Boolean, Int32, const_expr
 
 from flash_attn_cute.device.rotary import RotaryTable
 from flash_attn_cute.device.search import last_at_most
-from flash_attn_cute.device.token_rows import THREADS, copy_token, rotate_token
+from flash_attn_cute.device.token_rows import KEYS_IN_FLIGHT, QUERIES_IN_FLIGHT, THREADS, copy_token, rotate_token
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class AppendKv:
             if place.exists:
                 source, target = _heads(t.k, token), t.k_cache[place.row, place.offset, None, None]
                 if const_expr(self.spec.rotary_dim > 0):
-                    rotate_token(source, target, self._table(t, token.batch, token.index))
+                    rotate_token(source, target, self._table(t, token.batch, token.index), KEYS_IN_FLIGHT)
                 else:
                     copy_token(source, target)
 
@@ -132,7 +132,8 @@ class AppendKv:
         token = _token(t.q, t.cu_seqlens_q, row)
         source, target = _heads(t.q, token), _heads(t.q_rotated, token)
         if token.batch >= 0:
-            rotate_token(source, target, self._table(t, token.batch, token.index if self.spec.queries_advance else 0))
+            index = token.index if const_expr(self.spec.queries_advance) else Int32(0)
+            rotate_token(source, target, self._table(t, token.batch, index), QUERIES_IN_FLIGHT)
         else:
             # Nobody's query, but attention may load it beside others.
             copy_token(source, target)

@@ -25,16 +25,20 @@ class RotaryTable:
     interleaved: bool
 
     @cute.jit
-    def rotate(self, vectors: cute.Tensor, index: Int32, values: cute.Tensor):
-        """Replaces `values`, which are vector `index` of a head, by those of the rotated head.
+    def rotated(self, vectors: cute.Tensor, index: Int32) -> cute.Tensor:
+        """Vector `index` of the rotated head, (VECTOR,) float32 in registers. vectors: (VECTOR, D / VECTOR)."""
+        values = load_vector(vectors[None, index])
+        if const_expr(self.rotary_dim == cute.size(vectors)):
+            self._rotate(vectors, index, values)
+        elif index < self.rotary_dim // VECTOR:
+            self._rotate(vectors, index, values)
+        return values
 
-        vectors: (VECTOR, D / VECTOR), the head; values: (VECTOR,) float32 in registers.
-        """
-        if index < self.rotary_dim // VECTOR:
-            if const_expr(self.interleaved):
-                self._rotate_neighbours(index, values)
-            else:
-                self._rotate_halves(vectors, index, values)
+    def _rotate(self, vectors: cute.Tensor, index: Int32, values: cute.Tensor):
+        if self.interleaved:
+            self._rotate_neighbours(index, values)
+        else:
+            self._rotate_halves(vectors, index, values)
 
     @cute.jit
     def _rotate_neighbours(self, index: Int32, values: cute.Tensor):
