@@ -206,8 +206,7 @@ class _PreparedCall(NamedTuple):
     def of(cls, call: _Call) -> _PreparedCall:
         t, problem = call.tensors, call.problem
         append = None if t.k is None else PreparedAppend.of(t, call.rotary, problem.batch_size)
-        # Rotated queries are contiguous, whatever q is.
-        q = t.q if call.rotary is None else torch.empty(t.q.shape, dtype=t.q.dtype, device=t.q.device)
+        q = t.q if call.rotary is None else torch.empty_like(t.q)  # as the append will make it
         return cls(append, launch.PreparedLaunch.of(t.attention(q, t.cache_seqlens), problem, call.metadata))
 
     def run(self, tensors: KvCacheTensors, metadata: SchedulerMetadata | bool | None) -> tuple[Tensor, Tensor | None]:
