@@ -250,12 +250,12 @@ def _run_emulated(call: _Call) -> tuple[Tensor, Tensor | None]:
         t = KvCacheTensors(*map(emulator.to_device, call.tensors))
         moved = call._replace(tensors=t, metadata=emulator.to_device(call.metadata))
         out, lse = _PreparedCall.of(moved).run(t, moved.metadata)
-    given = call.tensors
-    if given.k is not None:
-        given.k_cache.copy_(t.k_cache.cpu())
-        given.v_cache.copy_(t.v_cache.cpu())
-    out = out.cpu() if given.out is None else given.out.copy_(out.cpu())
-    return out, None if lse is None else lse.cpu()
+        given = call.tensors
+        if given.k is not None:
+            given.k_cache.copy_(t.k_cache.cpu())
+            given.v_cache.copy_(t.v_cache.cpu())
+        out = out.cpu() if given.out is None else given.out.copy_(out.cpu())
+        return out, None if lse is None else lse.cpu()
 
 
 def store_kv_cache(
@@ -263,7 +263,7 @@ def store_kv_cache(
 ) -> None:
     """Writes keys and values of tokens into a paged cache, in place.
 
-    k, v: (tokens, Hk, D or Dv), bf16 or fp16 (on the CPU any dtype).
+    k, v: (tokens, Hk, D or Dv), bf16 or fp16 (the reference takes any dtype on the CPU).
     k_cache, v_cache: (pages, page_size, Hk, D or Dv), of the dtype of k. Any strides but for the contiguous last
         dimension, so keys and values may be interleaved in one tensor.
     slot_mapping: (T,) int32 or int64 with T at most `tokens`: token i goes to slot page * page_size + offset, and
@@ -297,5 +297,5 @@ def _store_emulated(*tensors: Tensor) -> None:
     with emulator.session():
         moved = tuple(map(emulator.to_device, tensors))
         launch_append_kv.store(*moved)
-    for given, written in zip(tensors[2:4], moved[2:4], strict=True):
-        given.copy_(written.cpu())
+        for given, written in zip(tensors[2:4], moved[2:4], strict=True):
+            given.copy_(written.cpu())

@@ -142,6 +142,8 @@ class PreparedAppend(NamedTuple):
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Launches `store_kv` on the current stream; the arguments have been checked."""
+    if k.dtype not in (torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"store_kv_cache: the kernel takes torch.bfloat16 and torch.float16, not {k.dtype}")
     architecture, num_sms = _device(k.device.index)
     if slot_mapping.numel() == 0:
         return

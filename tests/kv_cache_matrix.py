@@ -174,11 +174,25 @@ def test_offsets_of_more_than_31_bits():
     q = torch.randn(2, 1, 16, dim, device=DEVICE).bfloat16()
     new = [torch.randn(2, 1, heads, dim, device=DEVICE).bfloat16() for _ in range(2)]
     lengths = torch.tensor([100, 0], dtype=torch.int32, device=DEVICE)
-    out = flash_attn_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=lengths, page_table=table, causal=True)
+    options = {"causal": True, "num_splits": 1}
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, *new, cache_seqlens=lengths, page_table=table, **options)
     assert torch.equal(k_cache[3, 36], new[0][0, 0]) and torch.equal(k_cache[pages - 2, 0], new[0][1, 0])
     torch.testing.assert_close(out[1, 0], new[1][1, 0].repeat_interleave(2, dim=0), rtol=0, atol=0)
     small = [torch.cat([cached, x[0]])[None] for cached, x in ((keys, new[0]), (values, new[1]))]
-    assert torch.equal(out[:1], flash_attn_with_kvcache(q[:1], *small, causal=True))
+    assert torch.equal(out[:1], flash_attn_with_kvcache(q[:1], *small, **options))
+
+
+def test_the_reference_runs_on_the_gpu():
+    case = MIXED._replace(rotary_dim=64, cached=[100, 30, 17, 40, 5], new_k=[1, 70, 1, 1, 0], new_q=[1, 70, 1, 1, 0])
+    on_gpu, on_cpu = build(case, DEVICE), build(case)
+    out, lse = call(on_gpu, causal=True, backend="reference")
+    expected, expected_lse = call(on_cpu, causal=True)
+    assert_same_rows(on_gpu.k_cache, on_cpu.k_cache, rotated=True)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(lse.cpu(), expected_lse, rtol=1e-3, atol=1e-3)
+    store_kv_cache(on_gpu.k, on_gpu.v, *on_gpu[1:3], torch.arange(len(on_gpu.k), device=DEVICE), backend="reference")
+    store_kv_cache(on_cpu.k, on_cpu.v, *on_cpu[1:3], torch.arange(len(on_cpu.k)))
+    assert_same_rows(on_gpu.v_cache, on_cpu.v_cache, rotated=False)
 
 
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64])

@@ -160,3 +160,6 @@ def test_store_nowhere_and_outside(emulation):
         mapping = torch.tensor(slots, dtype=torch.int32, device="cuda")
         store_kv_cache(*tensors[3:5], *tensors[1:3], mapping, backend="cute")
     assert tensors.k_cache.isnan().all() and tensors.v_cache.isnan().all()
+    wide = [x.cpu().float() for x in tensors[1:5]]
+    with pytest.raises(NotImplementedError, match="the kernel takes torch.bfloat16 and torch.float16"):
+        store_kv_cache(*wide[2:], *wide[:2], torch.zeros(1, dtype=torch.int32), backend="emulator")

@@ -30,3 +30,11 @@ def test_cpu_tensors_run_the_compiled_kernel():
         [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0 and result.stdout.endswith("right\n"), result.stderr[-3000:]
+
+
+def test_a_served_model_is_right():
+    """Through the kernels: chunks of prompts among decodes over pages, one plan a step."""
+    options = ["--backend", "emulator", "--requests", "2", "--new-tokens", "2", "--longest-prompt", "50"]
+    command = [sys.executable, "scripts/serve.py", *options]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0 and "4 of 4 tokens compared: equal" in result.stdout, result.stdout + result.stderr
