@@ -94,8 +94,6 @@ def flash_attn_with_kvcache(
     Raises ValueError or TypeError for wrong arguments, each naming the argument, before anything is launched;
     NotImplementedError for what the backend does not have, and for gradients.
     """
-    if torch.compiler.is_compiling():
-        raise NotImplementedError("flash_attn_with_kvcache under torch.compile: call it outside the compiled region")
     page_table = one_of_aliases("page_table", page_table, "block_table", block_table)
     cache_seqlens = one_of_aliases("cache_seqlens", cache_seqlens, "seqused_k", seqused_k)
     if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
@@ -124,6 +122,25 @@ def flash_attn_with_kvcache(
         key_bias,
         out,
     )
+    if torch.compiler.is_compiling():
+        return _compiled_call(
+            tensors,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            rotary_interleaved=rotary_interleaved,
+            scheduler_metadata=scheduler_metadata,
+            num_splits=num_splits,
+            seqlen_k_per_split=seqlen_k_per_split,
+            pack_gqa=pack_gqa,
+            deterministic=deterministic,
+            scheduler=scheduler,
+            return_softmax_lse=return_softmax_lse,
+            backend=backend,
+        )
     options = (
         "with_kvcache",
         max_seqlen_q,
@@ -166,6 +183,12 @@ def flash_attn_with_kvcache(
         check_scheduler_metadata(problem, scheduler_metadata)
         result, lse = _first_call(_Call(tensors, problem, rotary, scheduler_metadata), backend, signature)
     return (result, lse) if return_softmax_lse else result
+
+
+def _compiled_call(tensors: KvCacheTensors, **options) -> Tensor | tuple[Tensor, Tensor]:
+    from flash_attn_cute import kv_cache_op
+
+    return kv_cache_op.call(tensors._asdict() | options)
 
 
 def _refuse(*values: Any) -> None:
@@ -273,6 +296,10 @@ def store_kv_cache(
     Nothing synchronises with the host or is allocated. Raises ValueError or TypeError for wrong arguments, each naming
     the argument; NotImplementedError where there is no kernel.
     """
+    if torch.compiler.is_compiling():
+        from flash_attn_cute import kv_cache_op
+
+        return kv_cache_op.call_store(k, v, k_cache, v_cache, slot_mapping, backend)
     check_store(k, v, k_cache, v_cache, slot_mapping)
     if backend not in interface.BACKENDS:
         fail("backend", repr(backend), f"one of {', '.join(interface.BACKENDS)}")
