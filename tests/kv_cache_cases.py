@@ -39,6 +39,7 @@ def build(case: CacheCase, device: torch.device | str = "cpu", seed: int = 0) ->
     """Random tensors. What the cache holds beyond the cached keys is NaN; pages are shuffled, two of them nobody's, and
     table entries of pages that will hold no key are rubbish."""
     generator = torch.Generator().manual_seed(seed)
+    places_generator = torch.Generator().manual_seed(seed + 1)  # one seed, one set of values, wherever they lie
     head_dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
 
     def normal(*shape: int) -> Tensor:
@@ -49,12 +50,12 @@ def build(case: CacheCase, device: torch.device | str = "cpu", seed: int = 0) ->
     page_table = cache_batch_idx = None
     if case.page_size is None:
         rows, size = batch + 2 * case.indexed, max(lengths) + 3
-        own = torch.randperm(rows, generator=generator)[:batch] if case.indexed else torch.arange(batch)
+        own = torch.randperm(rows, generator=places_generator)[:batch] if case.indexed else torch.arange(batch)
         cache_batch_idx = own.to(torch.int32) if case.indexed else None
         places = [(own[b].repeat(n), torch.arange(n)) for b, n in enumerate(case.cached)]
     else:
         size = case.page_size
-        page_table, rows = _page_table(lengths, size, generator)
+        page_table, rows = _page_table(lengths, size, places_generator)
         positions = [torch.arange(n) for n in case.cached]
         places = [(page_table[b][p // size], p % size) for b, p in enumerate(positions)]
     k_cache = torch.full((rows, size, case.kv_heads, case.head_dim), NAN, dtype=case.dtype)
