@@ -25,7 +25,7 @@ from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
 from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
-from flash_attn_cute.device.scheduling_warp import schedule
+from flash_attn_cute.device.scheduling_warp import prefetch_lengths, schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.device.softmax import LOG2_E, OnlineSoftmax, tanh
 from flash_attn_cute.forward_spec import (
@@ -208,6 +208,8 @@ class ForwardSm90:
             for operand in operands:
                 if const_expr(operand.atom is not None):
                     cpasync.prefetch_descriptor(operand.atom)
+        if warp == SCHEDULE_WARP:
+            prefetch_lengths(tensors)
         smem = SmemAllocator()
         stages = Stages(*(self._allocate(smem, operand) for operand in operands))
         rings = self._rings(smem)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
-from flash_attn_cute.launch_combine import PlannedCombine
+from flash_attn_cute.launch_combine import ARCHITECTURES, PlannedCombine
 from flash_attn_cute.plan import PlanParameters
 from flash_attn_cute.problem import INT32_MAX, AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import (
@@ -36,8 +36,6 @@ from flash_attn_cute.tuning import (
     tiles_are_short,
 )
 
-# Compute capability -> what its kernel is compiled for.
-ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
 TMA_ALIGNMENT = 16
 # Rows over which a swizzle pattern repeats: spans of fewer would begin within a pattern.
 LEAST_SPAN = 8
@@ -455,7 +453,7 @@ class PreparedLaunch(NamedTuple):
             semaphore = None
         elif semaphore is None:
             semaphore = _semaphore(device)
-        workspace = (None, None) if self.combine is None else self.combine.workspace(device)
+        workspace = (None, None) if self.combine is None else self.combine.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         keys_at = (table, leftpad, cache_rows)
         self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *keys_at), self.scalars)

@@ -19,7 +19,7 @@ MAX_ROWS = 2**31 - 2**16  # rows are numbered in int32, and the last step of a g
 # Above this many splits a row is shared by a whole CTA: a warp alone would take too many memory latencies in a row.
 SPLITS_FOR_ONE_WARP = 16
 CTAS_PER_SM = 16  # of 128 threads: 2048 threads are resident
-# Rows of a split tile that are merged at once. Most plans split little or nothing, and then CTAs only come and go.
+# Most plans split little or nothing, and then CTAs only come and go.
 PLANNED_CTAS_PER_SM = 4
 BACKENDS = ("auto", "cute", "emulator", "reference")
 
@@ -193,9 +193,13 @@ def _backend(call: CombineCall, backend: str) -> str:
     return "cute"
 
 
+# Compute capability -> what kernels are compiled for.
+ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+
+
 @functools.cache
 def _architecture(index: int) -> str | None:
-    return {9: "sm_90a", 10: "sm_100a"}.get(torch.cuda.get_device_capability(index)[0])
+    return ARCHITECTURES.get(torch.cuda.get_device_capability(index))
 
 
 def architecture_of(device: torch.device) -> str:
@@ -341,6 +345,11 @@ class Workspace(NamedTuple):
     out: Tensor  # (slots, rows of a work tile, Dv) float32
     lse: Tensor  # (slots, rows of a work tile) float32, natural logarithm, -inf where a row saw no key
 
+    @classmethod
+    def allocate(cls, slots: int, tile_rows: int, head_dim_v: int, device: torch.device) -> Workspace:
+        out = torch.empty(slots, tile_rows, head_dim_v, dtype=torch.float32, device=device)
+        return cls(out, torch.empty(slots, tile_rows, dtype=torch.float32, device=device))
+
 
 class PlannedCombine(NamedTuple):
     """What merges the split sequences of plans of one shape: compiled, with the sizes of workspace and launch."""
@@ -383,13 +392,19 @@ class PlannedCombine(NamedTuple):
         )
         function = cache.get(key, functools.partial(compile_planned_kernel, key))
         # A split query tile has two slots at least.
-        grid_x = max(min(slots // 2, shape.tiles_bound, _num_sms(device.index)), 1)
-        return cls(function, (grid_x, PLANNED_CTAS_PER_SM), slots, tile_rows, out_shape[-1])
+        num_sms = _num_sms(device.index)
+        grid_x = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
+        # Of few tiles, the rows go to as many CTAs as there is room for.
+        groups = -(-tile_rows // (4 // key.warps_per_row))
+        grid_y = min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x)
+        return cls(function, (grid_x, grid_y), slots, tile_rows, out_shape[-1])
 
-    def workspace(self, device: torch.device) -> Workspace:
-        """As large as any plan of the shape can ask for."""
-        out = torch.empty(self.slots, self.tile_rows, self.head_dim_v, dtype=torch.float32, device=device)
-        return Workspace(out, torch.empty(self.slots, self.tile_rows, dtype=torch.float32, device=device))
+    def workspace(self, metadata: SchedulerMetadata) -> Workspace:
+        """As large as any plan of the shape can ask for: that of the plan, or a new one."""
+        given = metadata.workspace
+        if given is not None and given.out.shape == (self.slots, self.tile_rows, self.head_dim_v):
+            return given
+        return Workspace.allocate(self.slots, self.tile_rows, self.head_dim_v, metadata.device)
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flash_attn_cute import tuning
 from flash_attn_cute.compile_cache import cache
-from flash_attn_cute.launch_combine import architecture_of
+from flash_attn_cute.launch_combine import Workspace, architecture_of
 from flash_attn_cute.plan import MAX_SPLITS, Lengths, PlanParameters, plan_sequences
 from flash_attn_cute.problem import INT32_MAX, Problem
 
@@ -64,6 +65,7 @@ class SchedulerMetadata:
     cu_total_splits_m_blocks: Tensor  # (N + 1,) int32, work tiles of a head before each entry
     summary: Tensor  # (4,) int32: plan.PlanSummary
     tile_count_semaphore: Tensor  # (2,) int32, zero before and after every launch
+    workspace: Workspace | None = None  # for the partial results of calls, where the plan may split
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +144,7 @@ def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | boo
     shape = _Shape(p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v)
     given = metadata.parameters if metadata else None
     l2_bytes = 0 if given else _l2_bytes(p.device_type)
-    parameters = _parameters(
+    parameters, _ = _parameters(
         shape,
         _Target("cute", target.architecture, given.num_sms if given else target.num_sms, l2_bytes),
         p.total_q / max(p.batch_size, 1),
@@ -297,7 +299,7 @@ def get_scheduler_metadata(
     shape = _Shape(num_heads, num_heads_kv, head_dim, head_dim if head_dim_v is None else head_dim_v)
     window = _window(window_size, causal)
     rows_q = total_q if cu_seqlens_q is not None else batch_size * max_seqlen_q
-    parameters = _parameters(
+    parameters, tile = _parameters(
         shape,
         target,
         rows_q / max(batch_size, 1),
@@ -308,8 +310,13 @@ def get_scheduler_metadata(
         pack_gqa,
         max_seqlen_k,
     )
-    _countable(BatchShape(parameters, extents, cu_seqlens_q is not None))
-    return plan_batch(lengths, extents, parameters, target.backend, device)
+    batch = _countable(BatchShape(parameters, extents, cu_seqlens_q is not None))
+    metadata = plan_batch(lengths, extents, parameters, target.backend, device)
+    if target.backend == "reference" or batch.slots_bound == 0:
+        return metadata
+    # Here and not in each call, where it would be much of the time that a decode takes on the host.
+    workspace = Workspace.allocate(batch.slots_bound, tile.tile_m, shape.head_dim_v, device)
+    return dataclasses.replace(metadata, workspace=workspace)
 
 
 class _Shape(NamedTuple):
@@ -369,8 +376,8 @@ def _parameters(
     pack_gqa: bool | None,
     max_seqlen_k: int,
     tokens_per_tile: int | None = None,
-) -> PlanParameters:
-    """In the units of the forward kernel of the architecture, which decides packing in the same way."""
+) -> tuple[PlanParameters, Any]:
+    """In the units of the forward kernel of the architecture, which decides packing in the same way; and its tile."""
     group = shape.num_heads // shape.num_heads_kv
     tiling = tuning.query_tiling(
         target.architecture,
@@ -396,7 +403,7 @@ def _parameters(
         max_splits = min(max(-(-longest // tiles_per_split), 1), MAX_SPLITS)
     section_heads, section_tiles = tuning.section_of_tiles(target.num_sms) if window[1] < UNBOUNDED else (1, 0)
     key_bytes = 2 * (shape.head_dim + shape.head_dim_v)
-    return PlanParameters(
+    parameters = PlanParameters(
         heads=shape.num_heads_kv if packed else shape.num_heads,
         heads_per_kv_load=1 if packed else group,
         tokens_per_tile=tiling.tokens_per_tile,
@@ -410,6 +417,7 @@ def _parameters(
         section_tiles=section_tiles,
         l2_keys=target.l2_bytes * L2_PART_FOR_KEYS[0] // L2_PART_FOR_KEYS[1] // key_bytes,
     )
+    return parameters, tile
 
 
 def _target(device: torch.device, backend: str, num_sms: int | None) -> _Target:

@@ -234,22 +234,25 @@ class RowGatherer:
         rows_at_once = WARP // chunks
         stage_rows, stage_columns = (cute.size(self.stages, mode=[i]) for i in range(2))
         lane = cute.arch.lane_idx()
-        chunk = lane % chunks
-        address = self.rows.iterator.toint()
-        for r in cutlass.range(0, WARP, rows_at_once, unroll=1):
-            source_lane = r + lane // chunks
-            row = first_row + source_lane
-            row_offset = cute.arch.shuffle_sync(offset, source_lane)
-            is_row = cute.arch.shuffle_sync(has_key, source_lane)
+        chunk, lane_row = lane % chunks, lane // chunks
+        address = self.rows.iterator.toint() + 2 * offset
+        num_bytes = has_key * 16
+        # All at once: a row's shuffles would otherwise wait for those of the row before.
+        for r in cutlass.range_constexpr(0, WARP, rows_at_once):
+            row = first_row + r + lane_row
+            row_address = cute.arch.shuffle_sync(address, r + lane_row)
+            row_bytes = cute.arch.shuffle_sync(num_bytes, r + lane_row)
             if row >= 0 and row < stage_rows:
+                in_block = row * self.swizzle_bytes + chunk * 16
+                to = stage + (in_block ^ ((in_block >> 3) & (self.swizzle_bytes - 16)))
                 for block in cutlass.range_constexpr(2 * stage_columns // self.swizzle_bytes):
-                    in_block = row * self.swizzle_bytes + chunk * 16
-                    swizzled = in_block ^ ((in_block >> 3) & (self.swizzle_bytes - 16))
-                    to = stage + block * (stage_rows * self.swizzle_bytes) + swizzled
-                    column = column_piece * stage_columns + block * (chunks * CHUNK) + chunk * CHUNK
-                    has_column = is_row if column < cute.size(self.rows, mode=[2]) else Int32(0)
-                    source = row_offset + column if has_column == 1 else Int64(0)
-                    _copy_or_zero(to, address + 2 * source, has_column * 16)
+                    column = column_piece * stage_columns + (block * chunks + chunk) * CHUNK
+                    source, source_bytes = row_address + 2 * column, row_bytes
+                    if const_expr(cute.size(self.rows, mode=[2]) % stage_columns != 0):
+                        has_column = column < cute.size(self.rows, mode=[2])
+                        source = source if has_column else row_address
+                        source_bytes = row_bytes if has_column else Int32(0)
+                    _copy_or_zero(to + block * (stage_rows * self.swizzle_bytes), source, source_bytes)
 
 
 @dsl_user_op

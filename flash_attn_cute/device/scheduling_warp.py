@@ -18,6 +18,8 @@ from flash_attn_cute.tile_scheduler import (
     WorkTile,
 )
 
+LINE_BYTES = 128
+
 
 @cute.jit
 def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: ForwardTensors):
@@ -28,6 +30,23 @@ def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: Forwar
             clear_rows(spec, work, seqlens, tensors)
     else:
         clear_rows(spec, work, seqlens, tensors)
+
+
+@cute.jit
+def prefetch_lengths(tensors: ForwardTensors):
+    """Starts to bring what tiles are found with close to this SM, as far as a line a lane reaches.
+
+    Finding the first tile is a chain of loads. With nothing in L2 each of them would take a trip to memory.
+    """
+    line = cute.arch.lane_idx() * (LINE_BYTES // 4)
+    read = [tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k]
+    if const_expr(tensors.work is not None):
+        work = tensors.work
+        read += [work.entries, work.cu_total_splits_m_blocks, work.summary]
+    for tensor in read:
+        if const_expr(tensor is not None):
+            if line < cute.size(tensor):
+                cute.arch.prefetch((tensor.iterator + line).llvm_ptr, cache_level="L2")
 
 
 @cute.jit

@@ -35,9 +35,8 @@ def to_device(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.cuda()
     if isinstance(value, SchedulerMetadata):
-        return dataclasses.replace(
-            value, **{name: x.cuda() for name, x in vars(value).items() if isinstance(x, Tensor)}
-        )
+        moved = {name: x.cuda() for name, x in vars(value).items() if isinstance(x, Tensor)}
+        return dataclasses.replace(value, workspace=None, **moved)
     return value
 
 

@@ -239,7 +239,7 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
     combine = prepared_combine(
         metadata, tokens * rows_per_token, (5, 20, heads * group, dim), seqused=True, sink_dtype=torch.float32
     )
-    workspace = combine.workspace(torch.device("cuda"))
+    workspace = combine.workspace(metadata)
     generator = torch.Generator().manual_seed(1)
     # Slots and rows that belong to nobody hold NaN.
     workspace.out.fill_(float("nan"))
@@ -289,5 +289,5 @@ def test_nothing_is_merged_where_nothing_is_split(emulation):
     assert metadata.summary[0] == 0
     out = torch.full((300, 1, 8, 64), -7.0, dtype=torch.bfloat16, device="cuda")
     combine = prepared_combine(metadata, 32, out.shape, seqused=False, sink_dtype=None, has_lse=False)
-    combine.run(metadata, combine.workspace(out.device), out, None, None, None, None)
+    combine.run(metadata, combine.workspace(metadata), out, None, None, None, None)
     assert (out == -7.0).all()
