@@ -441,7 +441,8 @@ class ForwardSm90:
         self, me: Consumer, rings: Rings, window: Window, work: WorkTile, seqlens: Seqlens, position: RingPosition
     ):
         """`_keys` for a consumer without queries: it leaves the tensor cores to the others, and goes along."""
-        me.p.fill(0.0)
+        # As words: as 16-bit floats the compiler keeps halves, and joins them behind the fence of the product.
+        cute.recast_tensor(me.p, Int32).fill(0)
         rings.k.release_converged(position)
         for _ in cutlass.range(kv_range(self.spec, work, seqlens, window).num_tiles() - 1, unroll=1):
             following = position.next()
