@@ -8,6 +8,7 @@ outputs, so that the tensor cores multiply for one while the other is exponentia
 two score buffers instead. See csrc_notes/forward_sm100.md for the pipeline, the barriers and the budgets.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
+from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.row_softmax import RowSoftmax
-from flash_attn_cute.device.scheduling_warp import schedule
+from flash_attn_cute.device.scheduling_warp import prefetch_lengths, schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.device.softmax import LOG2_E, normalise, tanh
 from flash_attn_cute.device.tensor_memory import Row
@@ -34,7 +36,9 @@ from flash_attn_cute.forward_spec import (
     ForwardScalars,
     ForwardSpec,
     ForwardTensors,
+    cache_row,
     kv_range,
+    page_table,
     seqlen_source,
     tile_order,
     window_of,
@@ -54,10 +58,13 @@ WARPS = 4
 
 
 class Operand(NamedTuple):
-    """One tensor that TMA moves: the copy, its coordinate tensor, and its layout in shared memory, stages last."""
+    """One tensor that TMA moves: the copy, its coordinate tensor, and its layout in shared memory, stages last.
 
-    atom: cute.CopyAtom
-    source: cute.Tensor
+    Of paged keys there is no copy here: source is the copies of pages, or the tensor itself where rows are gathered.
+    """
+
+    atom: cute.CopyAtom | None
+    source: cute.Tensor | PageCopies
     smem_layout: cute.ComposedLayout
 
 
@@ -113,9 +120,9 @@ class Shared:
         return self._ring(index, 10)
 
     @cute.jit
-    def init_barriers(self, query_tiles: cutlass.Constexpr):
+    def init_barriers(self, query_tiles: cutlass.Constexpr, key_arrivals: cutlass.Constexpr):
         self.mailbox.init()
-        self.kv_ring.init(full_arrivals=1, empty_arrivals=1)
+        self.kv_ring.init(full_arrivals=key_arrivals, empty_arrivals=1)
         for i in cutlass.range_constexpr(query_tiles):
             self.q_ring(i).init(full_arrivals=1, empty_arrivals=1)
             self.score_ring(i).init(full_arrivals=1, empty_arrivals=2 * WARPS)
@@ -174,10 +181,13 @@ class ForwardSm100:
         self.o_product = umma.describe(spec.dtype, tile.query_rows, tile.head_dim_v, sums_over_rows_of_b=True)
         # What one TMA instruction moves: (rows, columns), as wide as the swizzle. Queries: ((heads, tokens), columns).
         rows_box = (spec.rows_per_token, self.tokens_per_query_tile)
-        self.q_box = (rows_box, _swizzled_columns(tile.head_dim))
-        self.k_box = (tile.tile_n, _swizzled_columns(tile.k_columns))
-        self.v_box = (tile.v_rows, _swizzled_columns(tile.head_dim_v))
-        self.out_box = (rows_box, _swizzled_columns(tile.head_dim_v))
+        self.q_box = (rows_box, ragged_tma.swizzled_columns(tile.head_dim))
+        self.k_box = (spec.page_span or tile.tile_n, ragged_tma.swizzled_columns(tile.k_columns))
+        self.v_box = (
+            math.gcd(spec.page_span or tile.tile_n, tile.v_rows),
+            ragged_tma.swizzled_columns(tile.head_dim_v),
+        )
+        self.out_box = (rows_box, ragged_tma.swizzled_columns(tile.head_dim_v))
         # A box of queries is a box of outputs unless tokens take more rows than they have heads.
         self.stores_boxes = spec.rows_per_token in (1, spec.qheads_per_kvhead)
 
@@ -190,9 +200,6 @@ class ForwardSm100:
         tile = self.spec.tile
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_view, out_view = [ragged_tma.query_view(x, ragged=tensors.packed_q) for x in (tensors.q, tensors.out)]
-        k_view, v_view = [
-            ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k) for x in (tensors.k, tensors.v)
-        ]
         query_stage = tile.query_rows * tile.head_dim
         q_layout = self._smem_layout(tile.query_rows, tile.head_dim, tile.query_tiles, query_stage)
         k_layout = self._smem_layout(tile.tile_n, tile.k_columns, tile.kv_stages, tile.stage_elements)
@@ -201,8 +208,8 @@ class ForwardSm100:
         out_layout = self._smem_layout(tile.query_rows, tile.head_dim_v, tile.query_tiles, out_stage)
         operands = Operands(
             self._operand(load, q_view, q_layout, self.q_box),
-            self._operand(load, k_view, k_layout, self.k_box),
-            self._operand(load, v_view, v_layout, self.v_box),
+            self._key_operand(tensors.k, k_layout, self.k_box, tensors),
+            self._key_operand(tensors.v, v_layout, self.v_box, tensors),
             self._operand(store, out_view, out_layout, self.out_box),
         )
         source = seqlen_source(tensors, scalars)
@@ -218,11 +225,18 @@ class ForwardSm100:
         outer = cute.append(layout.outer, cute.make_layout(stages, stride=stage_elements))
         return cute.make_composed_layout(layout.inner, 0, outer)
 
+    def _key_operand(self, x: cute.Tensor, smem_layout: cute.ComposedLayout, box, tensors: ForwardTensors) -> Operand:
+        """Keys or values. Loads stop at the last used key: rows behind it arrive as zeros."""
+        if self.spec.gathers:
+            return Operand(None, x, smem_layout)
+        if tensors.page_table is not None:
+            return Operand(None, PageCopies.create(x, _box_layout(smem_layout, box), box), smem_layout)
+        view = ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k)
+        return self._operand(cpasync.CopyBulkTensorTileG2SOp(), view, smem_layout, box)
+
     @staticmethod
     def _operand(operation, view: cute.Tensor, smem_layout: cute.ComposedLayout, box) -> Operand:
-        stage = cute.select(smem_layout, mode=[0, 1])
-        boxes = cute.flat_divide(stage, (cute.size(box[0]), box[1]))
-        one = cute.select(boxes, mode=[0, 1])
+        one = _box_layout(smem_layout, box)
         return Operand(*cpasync.make_tiled_tma_atom(operation, view, one, box), smem_layout)
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -235,14 +249,17 @@ class ForwardSm100:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == self.load_warp:
             for operand in operands:
-                cpasync.prefetch_descriptor(operand.atom)
+                if const_expr(operand.atom is not None):
+                    cpasync.prefetch_descriptor(operand.atom)
+        if warp == self.schedule_warp:
+            prefetch_lengths(tensors)
         smem = SmemAllocator()
         shared = self._allocate(smem, operands)
         columns_start = smem.allocate_array(Int32, 1)
         scheduler = self._scheduler(smem, tensors, scalars)
         if warp == self.load_warp:
             with cute.arch.elect_one():
-                shared.init_barriers(self.query_tiles)
+                shared.init_barriers(self.query_tiles, WARP if const_expr(self.spec.gathers) else 1)
                 if const_expr(self.spec.clc):
                     scheduler.init()
                 cute.arch.mbarrier_init_fence()
@@ -268,7 +285,7 @@ class ForwardSm100:
             if warp == self.mma_warp:
                 self.multiply(self._products(shared, columns), shared, window)
             if warp == self.load_warp:
-                self.load(operands, shared, window, tensors)
+                self.load(operands, shared, window, tensors, scalars)
             if warp == self.store_warp:
                 self.store(operands.out, shared, window, tensors)
             if warp == self.schedule_warp:
@@ -346,34 +363,66 @@ class ForwardSm100:
     # Loading -----------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def load(self, operands: Operands, shared: Shared, window: Window, tensors: ForwardTensors):
+    def load(
+        self,
+        operands: Operands,
+        shared: Shared,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ):
         """The loading warp: queries, then keys and values in the order in which `multiply` takes them."""
-        spec = self.spec
         tile_position = kv_position = MbarrierRing.start()
         q_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
-            head_kv = work.head if const_expr(spec.packed) else work.head // spec.qheads_per_kvhead
-            k_rows, v_rows = [
-                ragged_tma.key_rows(
-                    x.source, seqlens, work.batch, head_kv, packed=tensors.packed_k, ragged=tensors.ragged_k
-                )
-                for x in (operands.k, operands.v)
-            ]
-            load_k = ragged_tma.TileLoader.create(operands.k.atom, k_rows, self.k_box, shared.k, shared.kv_ring)
-            load_v = ragged_tma.TileLoader.create(operands.v.atom, v_rows, self.v_box, shared.v, shared.kv_ring)
+            keys = self._key_loader(operands.k, self.k_box, shared.k, 1, shared, work, seqlens, tensors, scalars)
+            v_pieces = self.spec.tile.v_pieces
+            values = self._key_loader(
+                operands.v, self.v_box, shared.v, v_pieces, shared, work, seqlens, tensors, scalars
+            )
             q_positions = self._load_queries(operands.q, shared, ranges, work, seqlens, q_positions, tensors)
+            # V of a KV tile is loaded with K of the one before it, and where that is is looked up one step earlier.
+            previous = tile = keys.find(ranges.end - 1)
             for i in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
                 key_tile = ranges.end - 1 - i
+                following = keys.find(key_tile - 1)
                 if const_expr(self.alternates):
-                    kv_position = self._load_values(load_v, kv_position, key_tile + 1, ranges)
-                    kv_position = self._load_keys(load_k, kv_position, key_tile, ranges)
+                    kv_position = self._load_values(values, kv_position, previous, key_tile + 1 < ranges.end)
+                    kv_position = self._load_keys(keys, kv_position, tile, key_tile >= ranges.first)
                 else:
-                    kv_position = self._load_keys(load_k, kv_position, key_tile, ranges)
-                    kv_position = self._load_values(load_v, kv_position, key_tile + 1, ranges)
+                    kv_position = self._load_keys(keys, kv_position, tile, key_tile >= ranges.first)
+                    kv_position = self._load_values(values, kv_position, previous, key_tile + 1 < ranges.end)
+                previous, tile = tile, following
             tile_position = tile_position.next()
             work, seqlens = shared.mailbox.receive(tile_position)
+
+    def _key_loader(
+        self,
+        operand: Operand,
+        box,
+        stages: cute.Tensor,
+        row_pieces: int,
+        shared: Shared,
+        work: WorkTile,
+        seqlens: Seqlens,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ):
+        """What loads keys or values of a work tile, in the way in which they lie in memory."""
+        spec, tile_n, ring = self.spec, self.spec.tile.tile_n, shared.kv_ring
+        head = work.head if spec.packed else work.head // spec.qheads_per_kvhead
+        if tensors.page_table is None:
+            row = cache_row(tensors, work.batch)
+            rows = ragged_tma.key_rows(
+                operand.source, seqlens, row, head, packed=tensors.packed_k, ragged=tensors.ragged_k
+            )
+            return ragged_tma.TileLoader.create(operand.atom, rows, box, stages, ring, row_pieces=row_pieces)
+        table = page_table(spec, tensors, scalars, seqlens, work.batch)
+        if spec.gathers:
+            return RowGatherer.create(operand.source, head, stages, ring, table, tile_n, Int32(0), 1)
+        return PagedTileLoader.create(operand.source, head, box, stages, ring, table, tile_n)
 
     @cute.jit
     def _load_queries(
@@ -404,20 +453,18 @@ class ForwardSm100:
         return tuple(advanced)
 
     @cute.jit
-    def _load_keys(self, loader, position: RingPosition, tile_index: Int32, ranges: Ranges):
-        pieces = self.spec.tile.k_pieces
-        if tile_index >= ranges.first:
-            for piece in cutlass.range(pieces, unroll=1):
-                loader.load(position, tile_index, column_piece=piece)
+    def _load_keys(self, loader, position: RingPosition, tile, is_seen):
+        if is_seen:
+            for piece in cutlass.range(self.spec.tile.k_pieces, unroll=1):
+                loader.load(position, tile, column_piece=piece)
                 position = position.next()
         return position
 
     @cute.jit
-    def _load_values(self, loader, position: RingPosition, tile_index: Int32, ranges: Ranges):
-        pieces = self.spec.tile.v_pieces
-        if tile_index < ranges.end:
-            for piece in cutlass.range(pieces, unroll=1):
-                loader.load(position, tile_index * pieces + piece)
+    def _load_values(self, loader, position: RingPosition, tile, is_seen):
+        if is_seen:
+            for piece in cutlass.range(self.spec.tile.v_pieces, unroll=1):
+                loader.load(position, tile, row_piece=piece)
                 position = position.next()
         return position
 
@@ -478,6 +525,14 @@ class ForwardSm100:
             work, seqlens = shared.mailbox.receive(tile_position)
 
     @cute.jit
+    def _wait_keys(self, shared: Shared, position: RingPosition):
+        """Until a stage of keys or values is there, for the tensor cores to read."""
+        shared.kv_ring.wait_full(position)
+        if const_expr(self.spec.gathers):
+            # cp.async wrote it through the generic proxy.
+            cute.arch.fence_proxy("async.shared", space="cta")
+
+    @cute.jit
     def _multiply_scores(
         self,
         products: Products,
@@ -497,7 +552,7 @@ class ForwardSm100:
                 q.wait_full(q_positions[i])
             s = products.columns + (i + scores.stage(position)) * tile.tile_n
             for piece in cutlass.range(tile.k_pieces, unroll=1):
-                shared.kv_ring.wait_full(k_position.advanced(piece))
+                self._wait_keys(shared, k_position.advanced(piece))
                 a = products.q.at(Int32(i), piece * products.k.steps)
                 b = products.k.at(shared.kv_ring.stage(k_position.advanced(piece)))
                 umma.issue(self.s_product, s, a, products.q.step, b, products.k.step, products.k.steps, piece > 0)
@@ -530,7 +585,7 @@ class ForwardSm100:
             p = products.columns + (i + scores.stage(position)) * tile.tile_n
             o = products.columns + tile.output_column + i * tile.head_dim_v
             for piece in cutlass.range(tile.v_pieces, unroll=1):
-                shared.kv_ring.wait_full(v_position.advanced(piece))
+                self._wait_keys(shared, v_position.advanced(piece))
                 a = p + piece * (tile.v_rows // 2)
                 b = products.v.at(shared.kv_ring.stage(v_position.advanced(piece)))
                 accumulate = key_tile < kv.end - 1 or piece > 0
@@ -843,9 +898,10 @@ class ForwardSm100:
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
-def _swizzled_columns(columns: int) -> int:
-    """Columns of 16 bits that the widest swizzle takes which divides a row."""
-    return next(width for width in (64, 32, 16, 8) if columns % width == 0)
+def _box_layout(smem_layout: cute.ComposedLayout, box):
+    """Of the first box of a stage."""
+    stage = cute.select(smem_layout, mode=[0, 1])
+    return cute.select(cute.flat_divide(stage, (cute.size(box[0]), box[1])), mode=[0, 1])
 
 
 def _factors_barrier(buffer: Int32, thread: Int32) -> Int32:

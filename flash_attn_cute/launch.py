@@ -50,8 +50,6 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"dtype {problem.dtype}"
     if tiling is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
-    if architecture != "sm_90a" and (problem.is_paged or problem.has_leftpad_k or problem.has_cache_batch_idx):
-        return "page_table, leftpad_k or cache_batch_idx"
     if problem.key_mask_heads is not None:
         return "key_mask"
     if problem.key_bias_heads is not None:

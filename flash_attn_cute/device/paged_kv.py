@@ -223,8 +223,11 @@ class RowGatherer:
             offset, has_key = Int64(0), Int32(0)
             if tile.pages[i] >= 0:
                 offset, has_key = Int64(cute.crd2idx((tile.pages[i], in_page, 0), self.rows.layout)), Int32(1)
-            in_stage = in_tile - row_piece * cute.size(self.stages, mode=[0])
-            self._copy_group(stage, in_stage, offset, has_key, column_piece)
+            stage_rows = cute.size(self.stages, mode=[0])
+            in_stage = in_tile - row_piece * stage_rows
+            # Lanes agree about this: a piece of a tile has some of its groups, or a part of one.
+            if in_stage > -WARP and in_stage < stage_rows:
+                self._copy_group(stage, in_stage, offset, has_key, column_piece)
         cute.arch.cp_async_mbarrier_arrive_noinc(self.ring.full_barrier(position))
 
     @cute.jit
