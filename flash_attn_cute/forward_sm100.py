@@ -61,11 +61,13 @@ class Operand(NamedTuple):
     """One tensor that TMA moves: the copy, its coordinate tensor, and its layout in shared memory, stages last.
 
     Of paged keys there is no copy here: source is the copies of pages, or the tensor itself where rows are gathered.
+    `whole` is the copy and coordinates of the tensor without ends of sequences, for pieces behind one.
     """
 
     atom: cute.CopyAtom | None
     source: cute.Tensor | PageCopies
     smem_layout: cute.ComposedLayout
+    whole: tuple | None = None
 
 
 class Operands(NamedTuple):
@@ -231,8 +233,12 @@ class ForwardSm100:
             return Operand(None, x, smem_layout)
         if tensors.page_table is not None:
             return Operand(None, PageCopies.create(x, _box_layout(smem_layout, box), box), smem_layout)
-        view = ragged_tma.key_view(x, packed=tensors.packed_k, ragged=tensors.ragged_k)
-        return self._operand(cpasync.CopyBulkTensorTileG2SOp(), view, smem_layout, box)
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        operand = self._operand(load, ragged_tma.key_view(x, tensors.packed_k, tensors.ragged_k), smem_layout, box)
+        if tensors.ragged_k and box[0] < self.spec.tile.tile_n:
+            whole = self._operand(load, ragged_tma.key_view(x, tensors.packed_k, ragged=False), smem_layout, box)
+            operand = operand._replace(whole=(whole.atom, whole.source))
+        return operand
 
     @staticmethod
     def _operand(operation, view: cute.Tensor, smem_layout: cute.ComposedLayout, box) -> Operand:
@@ -418,7 +424,14 @@ class ForwardSm100:
             rows = ragged_tma.key_rows(
                 operand.source, seqlens, row, head, packed=tensors.packed_k, ragged=tensors.ragged_k
             )
-            return ragged_tma.TileLoader.create(operand.atom, rows, box, stages, ring, row_pieces=row_pieces)
+            no_rows = None
+            if operand.whole is not None:
+                atom, source = operand.whole
+                view = source[None, None, 0] if tensors.packed_k else source[None, None, 0, 0]
+                no_rows = ragged_tma.NoRows.create(atom, view, box, stages, seqlens.len_k)
+            return ragged_tma.TileLoader.create(
+                operand.atom, rows, box, stages, ring, row_pieces=row_pieces, no_rows=no_rows
+            )
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
             return RowGatherer.create(operand.source, head, stages, ring, table, tile_n, Int32(0), 1)

@@ -6,9 +6,14 @@ again. Row i of a sequence of length n that starts at s has the coordinates (R -
 rows at or past n are out of bounds of the first mode, so the copy engine fills zeros and fetches nothing. (The trick is
 Triton's "ragged TMA"; quack uses it for stores.) No neighbour's rows, NaN among them, ever arrive, and short sequences
 move only their own bytes.
+
+It is for boxes that have a row in bounds. For one that has none, the copy engine looks up the first address of the
+tensor all the same (seen on an H200, as an illegal address), and a ragged view begins where nothing may be. What may
+load such boxes takes them from an ordinary view (`NoRows`).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -79,6 +84,28 @@ def output_rows(source, seqlens: Seqlens, batch: Int32, head: Int32, first_token
     return query_rows(source, seqlens, batch, head, first_token, ragged)
 
 
+class NoRows(NamedTuple):
+    """Where pieces of a tile come from that lie behind the last row of a sequence: out of bounds of all of a tensor."""
+
+    atom: cute.CopyAtom
+    source: cute.Tensor  # (box, box column) coordinates
+    first_row: Int32  # of the sequence, from which on there are none
+
+    @staticmethod
+    def create(atom: cute.CopyAtom, view, box, smem: cute.Tensor, first_row: Int32):
+        """view: coordinates of a `key_view` that is not ragged, with any head and sequence: (T, D)."""
+        rows = cute.domain_offset((view.shape[0], 0), view)
+        tiles = cute.local_tile(rows, box, (0, None))
+        _, source = cpasync.tma_partition(
+            atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(cute.flat_divide(smem, (cute.size(smem, mode=[0]), box[1])), 0, 2),
+            cute.group_modes(tiles, 0, 2),
+        )
+        return NoRows(atom, source, first_row)
+
+
 @dataclass(frozen=True)
 class TileLoader:
     """Copies tiles of one operand into the stages of a ring.
@@ -92,6 +119,8 @@ class TileLoader:
     ring: MbarrierRing
     first_stage: int  # which of `to` is the first of the ring
     row_pieces: int  # stages that the rows of a tile take
+    rows: int  # of a box
+    no_rows: NoRows | None  # needed where a piece may have none, in a ragged view
 
     @staticmethod
     def create(
@@ -102,6 +131,7 @@ class TileLoader:
         ring: MbarrierRing,
         first_stage: int = 0,
         row_pieces: int = 1,
+        no_rows: NoRows | None = None,
     ):
         """smem: (rows, columns, stages); box: (rows, columns), of which the rows may be (heads, tokens)."""
         tiles = cute.local_tile(rows, box, (None, None))
@@ -109,7 +139,7 @@ class TileLoader:
         to, source = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(stages, 0, 2), cute.group_modes(tiles, 0, 2)
         )
-        return TileLoader(atom, source, to, ring, first_stage, row_pieces)
+        return TileLoader(atom, source, to, ring, first_stage, row_pieces, cute.size(box[0]), no_rows)
 
     def find(self, tile: Int32) -> Int32:
         """Where a tile is: nothing to look up."""
@@ -123,8 +153,19 @@ class TileLoader:
         num_bytes = cute.size(self.to, mode=[0]) * box_columns * element_bits // 8
         self.ring.acquire_for_bytes(position, num_bytes)
         stage, barrier = self.first_stage + self.ring.stage(position), self.ring.full_barrier(position)
+        piece = tile * self.row_pieces + row_piece
+        to, first_column = self.to[None, 0, None, stage], column_piece * box_columns
+        if const_expr(self.no_rows is None):
+            self._copy(self.atom, self.source[None, piece, None], to, first_column, barrier)
+        else:
+            if piece * self.rows < self.no_rows.first_row:
+                self._copy(self.atom, self.source[None, piece, None], to, first_column, barrier)
+            else:
+                self._copy(self.no_rows.atom, self.no_rows.source, to, first_column, barrier)
+
+    @cute.jit
+    def _copy(self, atom: cute.CopyAtom, source, to: cute.Tensor, first_column: Int32, barrier: cute.Pointer):
+        """source: (box, box column); to: (box, box column) of a stage."""
         # A loop rather than copies side by side: the operands of each take registers of a kind of which there are few.
-        for i in cutlass.range(box_columns, unroll=1):
-            column = column_piece * box_columns + i
-            source = self.source[None, tile * self.row_pieces + row_piece, column]
-            cute.copy(self.atom, source, self.to[None, 0, i, stage], tma_bar_ptr=barrier)
+        for i in cutlass.range(cute.size(to, mode=[1]), unroll=1):
+            cute.copy(atom, source[None, first_column + i], to[None, i], tma_bar_ptr=barrier)

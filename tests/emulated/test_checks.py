@@ -172,6 +172,25 @@ def test_coordinates_of_a_tensor_copy(name, way):
         run(body + "END:", tensor_map_array())
 
 
+LOAD_BOX = """setp.ne.u32 %p1, %r0, 0; @%p1 bra END; mov.b32 %r2, 0; mov.b32 %r3, ROW; add.u32 %r4, %r1, 512;
+mbarrier.init.shared.b64 [%r4], 1; mbarrier.arrive.expect_tx.shared.b64 %rd2, [%r4], 32;
+cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd0, {%r2, %r3}], [%r4];
+LOOP: mbarrier.try_wait.parity.shared.b64 %p2, [%r4], 0; @!%p2 bra LOOP; END:"""
+
+
+def test_a_box_without_a_row_needs_a_first_address():
+    """A map may begin before its tensor, for boxes that reach into it; a box that is outside looks up where it begins."""
+    rows_before = 1 << 27
+    array = tensor_map_array()
+    base = array.ctypes.data + 128 - rows_before * 32
+    run(LOAD_BOX.replace("ROW", "4"), array)
+    array[[0, 1]] = base & 0xFFFFFFFF, base >> 32
+    array[9] = rows_before + 4 - 1
+    run(LOAD_BOX.replace("ROW", f"{rows_before + 3}"), array)
+    with pytest.raises(errors.OutOfBounds, match="first address"):
+        run(LOAD_BOX.replace("ROW", f"{rows_before + 4}"), array)
+
+
 def test_checks_can_be_turned_off():
     reads = "ld.shared.b32 %r2, [%r1+64];"
     run(reads, checks=frozenset({"bounds"}))

@@ -1,6 +1,6 @@
 /* The tensor memory accelerator: bulk copies between global and shared memory, plain or through a tensor map, with
  * swizzles, zero fill outside the tensor, multicast and reductions. An address is touched only where every coordinate is
- * inside the tensor, so a map may start outside memory as long as nothing there is asked for. */
+ * inside the tensor, so a map may start outside memory as long as nothing there is asked for and no load is outside as a whole. */
 #include "machine.h"
 
 #include <string.h>
@@ -143,6 +143,17 @@ static void copy_row(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
     }
 }
 
+/* An H200 answers a load whose box is outside the tensor as a whole with cudaErrorIllegalAddress where nothing lies at the
+ * tensor's first address. csrc_notes/emulator.md has the measurement. */
+static void check_start(Machine *m, AsyncOp *op, const TensorMap *t)
+{
+    const char *why = "";
+    if (!global_range(m, &op->warp->last_allocation, t->base, 1, 0, &why))
+        machine_fault(m, FAULT_OUT_OF_BOUNDS, op->in->line,
+                      "load of a box outside its tensor, whose first address 0x%llx, which is looked up all the same, is %s",
+                      (unsigned long long)t->base, why);
+}
+
 static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint32_t offset, const int32_t *coordinates, int what)
 {
     int64_t row_bytes = (int64_t)t->box[0] * t->shared_bits / 8, rows = 1;
@@ -153,6 +164,7 @@ static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
     int64_t first = coordinates[0] < 0 ? -(int64_t)coordinates[0] : 0;
     int64_t count = (int64_t)t->dims[0] - coordinates[0];
     count = (count > t->box[0] ? t->box[0] : count) - first;
+    int touched = 0;
     for (int64_t row = 0; row < rows; row++) {
         int64_t rest = row;
         int inside = count > 0;
@@ -163,9 +175,12 @@ static void copy_box(Machine *m, AsyncOp *op, const TensorMap *t, Cta *cta, uint
             inside = inside && at >= 0 && at < (int64_t)t->dims[d];
             global += (uint64_t)at * t->strides[d];
         }
+        touched |= inside;
         copy_row(m, op, t, cta, offset + (uint32_t)(row * row_bytes), global, first * t->shared_bits / 8,
                  inside ? count * t->shared_bits / 8 : 0, row_bytes, what);
     }
+    if (!touched && what == TMA_LOAD)
+        check_start(m, op, t);
 }
 
 /* Whose barrier a copy into CTA `rank` completes on: beside the data, or in the pair's CTA that the address names. */
