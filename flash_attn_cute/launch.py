@@ -38,7 +38,10 @@ from flash_attn_cute.tuning import (
 
 TMA_ALIGNMENT = 16
 # Rows over which a swizzle pattern repeats: spans of fewer would begin within a pattern.
-LEAST_SPAN = 8
+SWIZZLE_ROWS = 8
+# Where keys are all that is waited for, many small TMA copies are slower than cp.async: on an H200, 64 decodes of 8192
+# keys took 509 us in pages of 16, with TMA, 485 in pages of 1, gathered, and 473 in pages of 64 (2026-11-21).
+LEAST_SPAN_OF_DECODES = 32
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -187,7 +190,7 @@ def plan(
         num_tiles = (p.total_q // tokens + p.batch_size + 2) * heads
     else:
         num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
-    page_span = _page_span(p, tiling.tile, tma_reaches_keys)
+    page_span = _page_span(p, tiling.tile, tiling.few_rows, tma_reaches_keys)
     key = KernelKey.of(p, target.architecture, tiling, dynamic=p.scheduler == "dynamic", page_span=page_span)
     if parameters is not None:
         slots = parameters.slots_bound(num_tiles)
@@ -204,13 +207,15 @@ def plan(
     return Plan(key, num_tiles, grid, section_heads, section_tiles, short_from)
 
 
-def _page_span(p: Problem, tile: Sm90Tile | Sm100Tile, tma_reaches_keys: bool) -> int | None:
+def _page_span(p: Problem, tile: Sm90Tile | Sm100Tile, few_rows: bool, tma_reaches_keys: bool) -> int | None:
     """Rows of a span, or 0 where TMA cannot load spans, or None without pages."""
     if not p.is_paged:
         return None
     span = math.gcd(p.page_size, tile.tile_n)
     # Behind a left padding tiles do not begin where pages do.
-    suits_tma = span % LEAST_SPAN == 0 and not p.has_leftpad_k and tma_reaches_keys
+    suits_tma = span % SWIZZLE_ROWS == 0 and not p.has_leftpad_k and tma_reaches_keys
+    if few_rows and span < LEAST_SPAN_OF_DECODES:
+        suits_tma = False
     return span if suits_tma else 0
 
 

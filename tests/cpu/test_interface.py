@@ -75,7 +75,7 @@ def test_what_is_not_there_is_refused(options, error, message):
         ((8, 0), {}, "compute capability 8.0"),
         ((9, 0), {"scheduler": "clc"}, "scheduler='clc'"),
         ((9, 0), {"page_table": torch.zeros(3, 2, dtype=torch.int32)}, ""),
-        ((10, 0), {"page_table": torch.zeros(3, 2, dtype=torch.int32)}, "page_table"),
+        ((10, 0), {"page_table": torch.zeros(3, 2, dtype=torch.int32)}, ""),
         ((9, 0), {"backend": "triton"}, "not built"),
         ("cpu", {"backend": "emulator"}, ""),
         ((9, 0), {"backend": "emulator"}, "takes CPU tensors"),

@@ -82,6 +82,8 @@ def test_key_tells_generated_code_apart():
 def test_pages_are_loaded_in_the_longest_spans(page_size, span):
     paged = dataclasses.replace(packed_problem([64]), k_packed=False, page_size=page_size, max_pages=4)
     assert launch.plan(paged, HOPPER).key.page_span == span
+    decode = dataclasses.replace(paged, max_seqlen_q=1)
+    assert launch.plan(decode, HOPPER).key.page_span == (span if span >= 32 else 0)
     assert launch.plan(paged, HOPPER, tma_reaches_keys=False).key.page_span == 0
 
 

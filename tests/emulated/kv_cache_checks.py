@@ -117,9 +117,7 @@ def test_no_tokens_of_a_kind(emulation, queries, new):
 
 
 def test_one_call_appends_and_attends(emulation):
-    """The Blackwell kernel takes no cache_batch_idx yet."""
-    indexed = emulation.arch == "sm_90a"
-    case = RAGGED._replace(page_size=None, indexed=indexed, rotary_dim=32, head_dim_v=64)
+    case = RAGGED._replace(page_size=None, indexed=True, rotary_dim=32, head_dim_v=64)
     assert_right(build(case, "cuda"), causal=True, num_splits=1)
 
 

@@ -179,7 +179,7 @@ LOOP: mbarrier.try_wait.parity.shared.b64 %p2, [%r4], 0; @!%p2 bra LOOP; END:"""
 
 
 def test_a_box_without_a_row_needs_a_first_address():
-    """A map may begin before its tensor, for boxes that reach into it; a box that is outside looks up where it begins."""
+    """A map may begin before its tensor for boxes that reach into it; one that does not looks up where it begins."""
     rows_before = 1 << 27
     array = tensor_map_array()
     base = array.ctypes.data + 128 - rows_before * 32

@@ -5,6 +5,7 @@ from tests.emulated.kv_cache_checks import (  # noqa: F401
     test_empty_slots_of_a_batch_are_left_alone,
     test_no_tokens_of_a_kind,
     test_one_call_appends_and_attends,
+    test_one_call_over_pages,
     test_positions_that_the_tables_lack_are_nan,
     test_rotary_may_begin_elsewhere,
     test_store_nowhere_and_outside,
