@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute import launch, prepared_calls
+from flash_attn_cute.batch_invariant import backend as triton_backend
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import SchedulerMetadata, check_scheduler_metadata
 
-BACKENDS = ("auto", "cute", "emulator", "reference")
+BACKENDS = ("auto", "cute", "triton", "cute+triton", "emulator", "reference")
 NO_BACKWARD = (
-    "the CuTe kernels have no backward: call them under torch.no_grad(), or use backend='reference' for gradients"
+    "the CuTe kernels have no backward: call them under torch.no_grad(), or use backend='cute+triton', 'triton' or "
+    "'reference' for gradients"
 )
 
 
@@ -59,7 +61,8 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over sequences of different lengths.
 
-    q: (total_q, H, D) with cu_seqlens_q, else (B, Sq, H, D); bf16 or fp16 (on the CPU also fp32, fp64).
+    q: (total_q, H, D) with cu_seqlens_q, else (B, Sq, H, D); bf16 or fp16 (Triton
+        and the CPU: also fp32; the CPU: also fp64).
     k, v: (total_k, Hk, D or Dv) with cu_seqlens_k, (pages, page_size, Hk, D or Dv) with page_table, else
         (B, Sk, Hk, D or Dv). H must be a multiple of Hk. The last dimension is contiguous, other strides are free.
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device, offsets of the sequences. Rows of q past the last are
@@ -84,8 +87,11 @@ def flash_attn_varlen_func(
     deterministic: the forward is always bitwise reproducible; accepted for callers that ask.
     return_lse: also return the log-sum-exp of each row, natural logarithm, float32: (H, total_q) or (B, H, Sq).
     out: where to write, as q with Dv.
-    backend: "auto", "cute" (the CuTe kernels), "reference" (plain PyTorch in fp64, any device, differentiable) or
-        "emulator" (CPU tensors through the compiled SM90 kernel, interpreted; for checking, not for speed).
+    backend: "auto" (CuTe kernels where the GPU has them, Triton on others from compute capability 8.0, the reference on
+        the CPU), "cute" (the CuTe kernels), "triton" (differentiable; also fp32; never splits, so num_splits chooses
+        nothing), "cute+triton" (CuTe forward, Triton backward), "reference" (plain PyTorch in fp64, any device,
+        differentiable) or "emulator" (CPU tensors through the compiled SM90 kernel, interpreted; for checking, not for
+        speed).
 
     A row that sees no key, and any row past seqused_q or of padding, is 0 (lse: -inf, or the sink where there is one
     and the row is a query). Returns out, or (out, lse). Each row's bits depend on
@@ -221,8 +227,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
     problem = Problem.from_arguments(tensors, **named)
     check_scheduler_metadata(problem, metadata)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
-    if chosen != "reference" and _wants_gradients(tensors):
-        reason = NO_BACKWARD
+    if reason is None and chosen != "reference" and _wants_gradients(tensors):
+        reason = triton_backend.why_no_gradients(problem) if chosen in triton_backend.NAMES else NO_BACKWARD
     return Support(reason is None, reason or "")
 
 
@@ -291,8 +297,6 @@ def _capability(device: Any) -> tuple[int, int] | str:
 def _choose(problem: Problem, backend: str, capability: tuple[int, int] | str) -> tuple[str | None, str | None]:
     """(backend, None), or (None, why none of them takes the problem)."""
     if backend not in BACKENDS:
-        if backend in ("triton", "cute+triton"):
-            return None, f"backend={backend!r} is not built yet"
         raise ValueError(f"backend: got {backend!r}; takes one of {', '.join(BACKENDS)}")
     if backend == "reference" or (backend == "auto" and capability == "cpu"):
         return "reference", None
@@ -302,13 +306,17 @@ def _choose(problem: Problem, backend: str, capability: tuple[int, int] | str) -
         from flash_attn_cute.emulator import backend as emulator
 
         return _if_kernel_takes(problem, emulator.architecture(), "emulator")
-    if isinstance(capability, str):
+    is_gpu = not isinstance(capability, str)
+    if backend == "triton" or (backend == "auto" and is_gpu and capability not in launch.ARCHITECTURES):
+        reason = triton_backend.why_not(problem, capability)
+        return (None, reason) if reason else ("triton", None)
+    if not is_gpu:
         return None, f"backend={backend!r} on device type {capability}: the CuTe kernels need a CUDA device"
     architecture = launch.ARCHITECTURES.get(capability)
     if architecture is None:
         built = ", ".join(f"{major}.{minor}" for major, minor in launch.ARCHITECTURES)
         return None, f"compute capability {capability[0]}.{capability[1]}: there are kernels for {built}"
-    return _if_kernel_takes(problem, architecture, "cute")
+    return _if_kernel_takes(problem, architecture, "cute" if backend == "auto" else backend)
 
 
 def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple[str | None, str | None]:
@@ -317,11 +325,11 @@ def _if_kernel_takes(problem: Problem, architecture: str, backend: str) -> tuple
 
 
 def choose(problem: Problem, backend: str, q: Tensor) -> str:
-    """What computes the problem where q is: "cute", "emulator" or "reference".
+    """What computes the problem where q is: one of `BACKENDS` but "auto".
 
     Raises NotImplementedError where nothing does that `backend` allows.
     """
-    chosen, reason = _choose(problem, backend, _capability_of(q))
+    chosen, reason = _choose(problem, backend, capability_of(q))
     if chosen is None:
         raise NotImplementedError(reason)
     return chosen
@@ -342,7 +350,12 @@ def _attend(
         if tensors.out is not None:
             out = tensors.out.copy_(out)
         return out, lse
-    if _wants_gradients(tensors):
+    wants_gradients = _wants_gradients(tensors)
+    if chosen == "triton":
+        return triton_backend.run(tensors, problem, metadata, wants_gradients)
+    if wants_gradients and chosen == "cute+triton":
+        return triton_backend.run_with_cute_forward(tensors, problem, metadata)
+    if wants_gradients:
         raise NotImplementedError(NO_BACKWARD)
     if chosen == "emulator":
         from flash_attn_cute.emulator import backend as emulator
@@ -356,7 +369,8 @@ def _attend(
 _capabilities: dict[torch.device, tuple[int, int] | str] = {}
 
 
-def _capability_of(q: Tensor) -> tuple[int, int] | str:
+def capability_of(q: Tensor) -> tuple[int, int] | str:
+    """Compute capability of a tensor's CUDA device, or the type of another one."""
     device = q.device
     found = _capabilities.get(device)
     if found is None:

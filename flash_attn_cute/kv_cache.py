@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute import interface, launch, launch_append_kv, prepared_calls
+from flash_attn_cute.batch_invariant import backend as triton_backend
 from flash_attn_cute.kv_cache_arguments import KvCacheTensors, Rotary, check, check_store, fail, one_of_aliases
 from flash_attn_cute.launch_append_kv import PreparedAppend
 from flash_attn_cute.problem import Problem
@@ -248,6 +249,10 @@ def _first_call(call: _Call, backend: str, signature: tuple | None) -> tuple[Ten
         return _run_reference(call)
     if chosen == "emulator":
         return _run_emulated(call)
+    if chosen == "triton":
+        if t.k is not None:
+            raise NotImplementedError(f"backend={backend!r}: k and v to append, which store_kv_cache can write")
+        return triton_backend.run(t.attention(t.q, t.cache_seqlens), call.problem, call.metadata, False)
     prepared = _PreparedCall.of(call)
     prepared_calls.keep(signature, prepared)
     return prepared.run(t, call.metadata)
@@ -312,6 +317,8 @@ def store_kv_cache(
         if device != "cpu":
             raise NotImplementedError("backend='emulator' takes CPU tensors")
         _store_emulated(k, v, k_cache, v_cache, slot_mapping)
+    elif triton_backend.stores(backend, interface.capability_of(k)):
+        triton_backend.store(k, v, k_cache, v_cache, slot_mapping)
     elif device != "cuda":
         raise NotImplementedError(f"backend={backend!r} on device type {device}: the kernel needs a CUDA device")
     else:

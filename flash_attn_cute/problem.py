@@ -22,7 +22,7 @@ INT32_MAX = 2**31 - 1
 MAX_HEAD_DIM = 256
 SCHEDULERS = ("auto", "single_tile", "static", "dynamic", "clc")
 
-_KERNEL_DTYPES = frozenset((torch.bfloat16, torch.float16))
+_DEVICE_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 _CPU_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64))
 _ADDEND_DTYPES = frozenset((torch.bfloat16, torch.float16, torch.float32))
 
@@ -292,8 +292,8 @@ def _check_are_tensors(tensors: AttentionTensors) -> None:
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, device: torch.device, on_cpu: bool) -> None:
-    if dtype not in _KERNEL_DTYPES and not (on_cpu and dtype in _CPU_DTYPES):
-        takes = "torch.bfloat16 or torch.float16 (on CPU also torch.float32 or torch.float64)"
+    if dtype not in _DEVICE_DTYPES and not (on_cpu and dtype in _CPU_DTYPES):
+        takes = "torch.bfloat16, torch.float16 or torch.float32 (on CPU also torch.float64)"
         _fail("q", f"dtype {dtype} on {device.type}", takes)
     if q.stride(-1) != 1:
         _fail_last_dimension("q", q)

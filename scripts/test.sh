@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test that needs no GPU, making the environment first where there is none.
 #
-#   scripts/test.sh                          tests/cpu, and tests/emulated on both emulated architectures
+#   scripts/test.sh                          tests/cpu, tests/emulated on both emulated architectures, and tests/triton
 #   scripts/test.sh -x -k causal             the same, with pytest arguments
 #   scripts/test.sh tests/cpu/test_x.py      these tests instead
 set -euo pipefail
@@ -24,5 +24,7 @@ run() { "$python" -m pytest -n "${FLASH_ATTN_CUTE_TEST_WORKERS:-2}" "$@"; }
 if [ ${#targets[@]} -gt 0 ]; then
     run --emulate sm_90a --emulate-check all tests/emulated/test_*_sm90.py "$@" || [ $? -eq 5 ]
     run --emulate sm_100a --emulate-check all tests/emulated/test_*_sm100.py "$@" || [ $? -eq 5 ]
+    # Triton decides once a process whether it interprets its kernels.
+    TRITON_INTERPRET=1 run tests/triton "$@" || [ $? -eq 5 ]
 fi
 run "${targets[@]}" "$@"

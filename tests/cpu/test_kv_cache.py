@@ -336,7 +336,7 @@ BF16 = torch.bfloat16
             {},
             {"backend": "fastest"},
             ValueError,
-            "backend: got 'fastest'; takes one of auto, cute, emulator, reference",
+            "backend: got 'fastest'; takes one of auto, cute, triton, cute+triton, emulator, reference",
         ),
         (
             {},
@@ -430,7 +430,11 @@ def test_store_equals_a_loop(integers, interleaved_kv):
             "v: got head dimension 12; takes a multiple of 8 from 8",
         ),
         ({"v": torch.zeros(4, 2, 32)}, ValueError, "v: got dtype torch.float32; takes the dtype of k, torch.bfloat16"),
-        ({"backend": "fastest"}, ValueError, "backend: got 'fastest'; takes one of auto, cute, emulator, reference"),
+        (
+            {"backend": "fastest"},
+            ValueError,
+            "backend: got 'fastest'; takes one of auto, cute, triton, cute+triton, emulator, reference",
+        ),
         ({"slot_mapping": ints(1) + 48}, ValueError, "slot_mapping: got 48; takes slots below 48"),
         (
             {"v_cache": torch.zeros(2, 16, 2, 32, dtype=BF16)},

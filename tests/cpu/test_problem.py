@@ -59,7 +59,7 @@ def every_second_column(*shape, dtype=BF16):
     return torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
 
 
-INPUT_DTYPES = "torch.bfloat16 or torch.float16 (on CPU also torch.float32 or torch.float64)"
+INPUT_DTYPES = "torch.bfloat16, torch.float16 or torch.float32 (on CPU also torch.float64)"
 FLOATS = "torch.bfloat16, torch.float16, torch.float32, torch.float64"
 
 
@@ -83,8 +83,8 @@ REFUSED = [
     ),
     refused(
         packed,
-        "q: got dtype torch.float32 on meta; takes " + INPUT_DTYPES,
-        q=meta(5, 4, 16, dtype=F32),
+        "q: got dtype torch.float64 on meta; takes " + INPUT_DTYPES,
+        q=meta(5, 4, 16, dtype=torch.float64),
     ),
     refused(
         packed, "k: got dtype torch.float16; takes the dtype of q, torch.bfloat16", k=torch.zeros(7, 2, 16, dtype=F16)
