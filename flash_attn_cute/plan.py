@@ -67,8 +67,8 @@ class PlanParameters:
 
         With splits as the batch asks for, twice the SMs times the finest granularity, whatever the batch: a sequence of
         t query tiles of duration d is split where d exceeds the target T, into ceil(d / T) < 2 d / T parts, and the sum
-        of t * d over all sequences is at most T * granularity * SMs. With absolute boundaries it is what the longest
-        sequence may take, times the tiles.
+        of t * d over all sequences is at most T * granularity * SMs: corrections only raise a target. With
+        absolute boundaries it is what the longest sequence may take, times the tiles.
         """
         if self.max_splits == 1:
             return 0
@@ -177,22 +177,38 @@ def _duration(visits: int, splits: int) -> int:
 
 
 def _target(demands: list[_Demand], p: PlanParameters) -> int:
-    """The duration above which a work tile is split; 0 where nothing is, or boundaries are absolute."""
+    """The duration above which a work tile is split; 0 where nothing is, or boundaries are absolute.
+
+    Of a perfectly balanced launch, or half of it, and of each a correction: parts of sequences are rounded up to whole
+    ones, so a target may give more long tiles than its rounds have room for, and a last round for a few of them. The
+    target that grows by as much as they are too many gives about as many as fit.
+    """
     if p.max_splits == 1 or p.tiles_per_split > 0:
         return 0
+    whole = _candidate(demands, 0, p)
     work = sum(d.m_blocks * _duration(d.visits, 1) for d in demands) * p.heads
-    best, best_estimate = 0, _estimate(demands, 0, p)
+    candidates = []
     for granularity in GRANULARITIES:
-        target = max(-(-work // (p.num_sms * granularity)), LEAST_TARGET)
-        estimate = _estimate(demands, target, p)
-        if estimate * SPLIT_GAIN[1] < best_estimate * SPLIT_GAIN[0]:
-            best, best_estimate = target, estimate
-    return best
+        places = p.num_sms * granularity
+        plain = _candidate(demands, max(-(-work // places), LEAST_TARGET), p)
+        corrected = max(-(-(plain.target * plain.long_tiles) // places), plain.target)
+        candidates += [plain, _candidate(demands, corrected, p)]
+    # Of equals the one that splits least.
+    best = min(candidates, key=lambda c: (c.estimate, -c.target))
+    return best.target if best.estimate * SPLIT_GAIN[1] < whole.estimate * SPLIT_GAIN[0] else 0
 
 
-def _estimate(demands: list[_Demand], target: int, p: PlanParameters) -> int:
-    """How long a launch takes: perfectly balanced, or rounds of its long tiles, two of which never share an SM's time
-    with less than the longest tile between them."""
+class _Candidate(NamedTuple):
+    """A target, and what it makes of the batch."""
+
+    target: int
+    long_tiles: int  # all heads
+    estimate: int  # how long the launch takes
+
+
+def _candidate(demands: list[_Demand], target: int, p: PlanParameters) -> _Candidate:
+    """A launch takes as if perfectly balanced, or rounds of its long tiles, two of which never share an SM's time with
+    less than the longest tile between them."""
     longest = max((d.visits for d in demands), default=0) + TILE_OVERHEAD
     if target > 0:
         longest = min(longest, target + TILE_OVERHEAD)
@@ -203,7 +219,8 @@ def _estimate(demands: list[_Demand], target: int, p: PlanParameters) -> int:
         work += d.m_blocks * splits * duration
         if 2 * duration > longest:
             long_tiles += d.m_blocks * splits
-    return max(-(-(work * p.heads) // p.num_sms), -(-(long_tiles * p.heads) // p.num_sms) * longest)
+    long_tiles *= p.heads
+    return _Candidate(target, long_tiles, max(-(-(work * p.heads) // p.num_sms), -(-long_tiles // p.num_sms) * longest))
 
 
 def _num_splits(d: _Demand, target: int, p: PlanParameters) -> int:

@@ -13,21 +13,23 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, Uint32, const_expr
+from cutlass import Boolean, Int32, Int64, Uint32, const_expr
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device.cluster_group import (
     WARP,
     ClusterGroup,
     WarpRows,
+    from_words,
     inclusive_scan_of_warp,
     max_of_warp,
+    min_of_warp,
     select,
     sum_of_warp,
     wide_sum_of_warp,
     write_row,
 )
-from flash_attn_cute.device.divisor import Divisor, ceil_of_fraction
+from flash_attn_cute.device.divisor import INT32_MAX, Divisor, ceil_of_fraction
 from flash_attn_cute.device.radix_sort import DIGIT_BITS, MAX_PASSES, RadixSort
 from flash_attn_cute.plan import (
     COMPUTE_BOUND,
@@ -134,12 +136,21 @@ class Parts(NamedTuple):
         return Parts(splits, tiles + TILE_OVERHEAD)
 
 
+class Candidate(NamedTuple):
+    """A target, and what it makes of the batch, all heads together. A target of the longest tile splits nothing."""
+
+    target: Int32
+    work: Int64
+    long_tiles: Int64
+
+
 @dataclass(frozen=True)
 class Scratch:
     """What warps tell each other."""
 
     work: WarpRows  # of all work tiles, not split by load, as two words; most visits
     candidates: tuple  # a WarpRows a granularity: work as two words, long tiles; in the first, those of nothing split
+    corrected: tuple  # likewise, of the corrected targets
     summary: WarpRows  # split m-blocks, front tiles, memory tiles, all tiles
     totals: WarpRows  # m-blocks, tiles, of the sequences that the warp writes
 
@@ -148,7 +159,7 @@ class Scratch:
         def rows():
             return WarpRows.allocate(smem, group)
 
-        return Scratch(rows(), tuple(rows() for _ in GRANULARITIES), rows(), rows())
+        return Scratch(rows(), *[tuple(rows() for _ in GRANULARITIES) for _ in range(2)], rows(), rows())
 
 
 class PrepareSchedulerMetadata:
@@ -313,50 +324,93 @@ class PrepareSchedulerMetadata:
     ):
         """(Parts of each sequence, work of all heads) under the best target, which may leave them whole."""
         share = scalars.by_num_sms.wide_ceil(work, scalars.num_sms).to(Int32)  # below 2 * longest
-        targets = [cutlass.max((share + (g - 1)) // g, LEAST_TARGET) for g in GRANULARITIES]
-        candidates = [whole]
-        for target in targets:
-            splits = [self._splits_by_load(d.visits, target, scalars) for d in demands]
-            candidates.append([Parts.of(d.visits, s) for d, s in zip(demands, splits, strict=True)])
-        lengths = [longest, *[cutlass.min(longest, target + TILE_OVERHEAD) for target in targets]]
-        long_tiles = [
-            sum_of_warp(_long_tiles(demands, parts, length)) for parts, length in zip(candidates, lengths, strict=True)
-        ]
-        for i in cutlass.range_constexpr(len(GRANULARITIES)):
-            of_warp = wide_sum_of_warp(_work(demands, candidates[i + 1], padding))
-            scratch.candidates[i].publish(*of_warp, long_tiles[i + 1], *long_tiles[:1] if i == 0 else [])
+        plain = [cutlass.max((share + (g - 1)) // g, LEAST_TARGET) for g in GRANULARITIES]
+        whole_tiles = sum_of_warp(_long_tiles(demands, whole, longest))
+        self._publish_candidates(demands, plain, longest, padding, scratch.candidates, scalars, whole_tiles)
         group.sync()
-        best, best_work = self._best(work, lengths, group, scratch, scalars)
-        chosen = []
-        for i in cutlass.range_constexpr(len(demands)):
-            parts = whole[i]
-            for c in cutlass.range_constexpr(1, len(candidates)):
-                splits = candidates[c][i].splits if best == c else parts.splits
-                duration = candidates[c][i].duration if best == c else parts.duration
-                parts = Parts(splits, duration)
-            chosen.append(parts)
-        return chosen, best_work
+        heads = scalars.heads.to(Int64)
+        judged = Candidate(longest, work, scratch.candidates[0].sums(3)[0].to(Int64) * heads)
+        judged = self._collect(judged, plain, 1, group, scratch.candidates, scalars)
+        # Every lane corrects its own. A target times its long tiles is less than four times the candidate's work, which
+        # is at most twice that of nothing split: no more than 2**5 times the longest tile on each SM.
+        products = judged.target.to(Int64) * judged.long_tiles
+        correction = scalars.by_num_sms.wide_ceil(products, scalars.num_sms).to(Int32)
+        corrected, is_any = [], Boolean(False)
+        for i in cutlass.range_constexpr(len(plain)):
+            g, of_plain = GRANULARITIES[i], cute.arch.shuffle_sync(correction, 1 + i)
+            target = cutlass.max((of_plain + (g - 1)) // g, plain[i])
+            # From the longest tile on nothing is split, which is a candidate already.
+            is_any = is_any | ((target > plain[i]) & (target < longest))
+            corrected.append(target)
+        candidates = Int32(1 + len(plain))
+        if is_any:
+            self._publish_candidates(demands, corrected, longest, padding, scratch.corrected, scalars)
+            group.sync()
+            judged = self._collect(judged, corrected, 1 + len(plain), group, scratch.corrected, scalars)
+            candidates = Int32(1 + 2 * len(plain))
+        target, work = self._best(judged, candidates, longest, group, scalars)
+        return self._parts_by_load(demands, target, scalars), work
 
     @cute.jit
-    def _best(self, work: Int64, lengths: list, group: ClusterGroup, scratch: Scratch, scalars: PlanScalars):
-        """(Which candidate, its work). Every warp for itself; lane c judges candidate c, of which 0 splits nothing."""
+    def _parts_by_load(self, demands: list, target: Int32, scalars: PlanScalars) -> list:
+        return [Parts.of(d.visits, self._splits_by_load(d.visits, target, scalars)) for d in demands]
+
+    @cute.jit
+    def _publish_candidates(
+        self,
+        demands: list,
+        targets: list,
+        longest: Int32,
+        padding: Int32,
+        rows: tuple,
+        scalars: PlanScalars,
+        whole_tiles: Int32 | None = None,
+    ):
+        """What each target makes of this warp's sequences. whole_tiles, of nothing split, travel with the first."""
+        for i in cutlass.range_constexpr(len(targets)):
+            parts = self._parts_by_load(demands, targets[i], scalars)
+            long_tiles = sum_of_warp(_long_tiles(demands, parts, _longest_of(targets[i], longest)))
+            also = [whole_tiles] if whole_tiles is not None and i == 0 else []
+            rows[i].publish(*wide_sum_of_warp(_work(demands, parts, padding)), long_tiles, *also)
+
+    @cute.jit
+    def _collect(
+        self,
+        judged: Candidate,
+        targets: list,
+        first_lane: int,
+        group: ClusterGroup,
+        rows: tuple,
+        scalars: PlanScalars,
+    ) -> Candidate:
+        """Every warp for itself; lane first_lane + i takes what all warps have published of targets[i]."""
         heads = scalars.heads.to(Int64)
-        tiles, length = scratch.candidates[0].sums(3)[0], lengths[0]
-        for c in cutlass.range_constexpr(1, len(lengths)):
-            work_of = scratch.candidates[c - 1].wide_sum(0, 1) * heads
-            tiles_of = scratch.candidates[c - 1].sums(2)[0]
-            work = work_of if group.lane == c else work
-            tiles = tiles_of if group.lane == c else tiles
-            length = lengths[c] if group.lane == c else length
-        balanced = scalars.by_num_sms.wide_ceil(work, scalars.num_sms)
-        rounds = scalars.by_num_sms.wide_ceil(tiles.to(Int64) * heads, scalars.num_sms)
-        estimate = cutlass.max(balanced, rounds * length.to(Int64))
-        best, best_estimate = Int32(0), _of_lane(estimate, Int32(0))
-        for c in cutlass.range_constexpr(1, len(lengths)):
-            estimate_of = _of_lane(estimate, Int32(c))  # by all lanes: outside the condition
-            if estimate_of * SPLIT_GAIN[1] < best_estimate * SPLIT_GAIN[0]:
-                best, best_estimate = Int32(c), estimate_of
-        return best, _of_lane(work, best)
+        target, work, long_tiles = judged
+        for i in cutlass.range_constexpr(len(targets)):
+            high, low, tiles = rows[i].sums(0, 1, 2)
+            is_own = group.lane == first_lane + i
+            target = targets[i] if is_own else target
+            work = from_words(high, low) * heads if is_own else work
+            long_tiles = tiles.to(Int64) * heads if is_own else long_tiles
+        return Candidate(target, work, long_tiles)
+
+    @cute.jit
+    def _best(self, judged: Candidate, candidates: Int32, longest: Int32, group: ClusterGroup, scalars: PlanScalars):
+        """(Target, its work); lane 0's, which splits nothing, if none is shorter by SPLIT_GAIN."""
+        balanced = scalars.by_num_sms.wide_ceil(judged.work, scalars.num_sms)
+        rounds = scalars.by_num_sms.wide_ceil(judged.long_tiles, scalars.num_sms)
+        length = _longest_of(judged.target, longest)
+        # Less than ten times the longest tile, as a long tile takes more than half of `length`: 32 bits hold it.
+        estimate = cutlass.max(balanced, rounds * length.to(Int64)).to(Int32)
+        whole = cute.arch.shuffle_sync(estimate, 0)
+        is_split = group.lane > 0 and group.lane < candidates
+        shortest = min_of_warp(estimate if is_split else Int32(INT32_MAX))
+        is_best = is_split and estimate == shortest
+        target = max_of_warp(judged.target if is_best else Int32(0))
+        best = max_of_warp(group.lane if is_best and judged.target == target else Int32(0))
+        if shortest.to(Int64) * SPLIT_GAIN[1] >= whole.to(Int64) * SPLIT_GAIN[0]:
+            best, target = Int32(0), longest
+        return target, _of_lane(judged.work, best)
 
     # ---------------------------------------------------------------------------------------------------------------
     # The order
@@ -468,6 +522,11 @@ def _bit_length(value: Int32) -> Int32:
     return 32 - Int32(cute.arch.clz(value))
 
 
+def _longest_of(target: Int32, longest: Int32) -> Int32:
+    """Bound on work tiles under a target, without looking at them."""
+    return cutlass.min(longest, target + TILE_OVERHEAD)
+
+
 @cute.jit
 def _work(demands: list, parts: list, padding: Int32) -> Int64:
     """Of this thread's sequences and padding, of a head."""
@@ -515,5 +574,5 @@ def _of_lane(value: Int64, lane: Int32) -> Int64:
 assert MAX_SPLITS < 1 << SPLIT_BITS
 assert STREAM_BITS + DURATION_BITS + INDEX_BITS < 32
 assert STREAM_BITS + DURATION_BITS <= MAX_PASSES * DIGIT_BITS
-assert len(GRANULARITIES) < WARP and max(GRANULARITIES) == GRANULARITIES[-1]
+assert 2 * len(GRANULARITIES) < WARP and max(GRANULARITIES) == GRANULARITIES[-1]
 assert 2 * TILE_OVERHEAD <= LEAST_TARGET + 1

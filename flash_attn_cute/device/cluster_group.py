@@ -168,6 +168,10 @@ def max_of_warp(value: Int32) -> Int32:
     return cute.arch.warp_redux_sync(value, "max")
 
 
+def min_of_warp(value: Int32) -> Int32:
+    return cute.arch.warp_redux_sync(value, "min")
+
+
 def to_words(value: Int64) -> tuple[Int32, Int32]:
     """(high, low) of a number from 0 to 2**55."""
     return (value >> LOW_BITS).to(Int32), (value & ((1 << LOW_BITS) - 1)).to(Int32)

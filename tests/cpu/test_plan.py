@@ -13,9 +13,14 @@ from flash_attn_cute import SchedulerMetadata, get_scheduler_metadata
 from flash_attn_cute.launch import Target, unsupported
 from flash_attn_cute.plan import (
     GRANULARITIES,
+    LEAST_TARGET,
+    SPLIT_GAIN,
     TILE_OVERHEAD,
     Lengths,
     PlanParameters,
+    _candidate,
+    _demand,
+    _target,
     plan_sequences,
     work_tiles,
 )
@@ -95,7 +100,7 @@ def test_one_long_decode_fills_the_gpu_and_its_workspace_is_that_of_the_gpu():
     """131072 keys, one query: the workspace of the design's example, in slots of a query tile."""
     plan = plan_sequences([sequence(1, 131072)], [], CAUSAL)
     splits = plan.sequences[0].num_splits
-    assert 132 <= splits * CAUSAL.heads <= 4 * 132
+    assert splits * CAUSAL.heads <= 132 < (splits + 1) * CAUSAL.heads
     assert CAUSAL.slots_bound(10**6) == 528
 
 
@@ -105,6 +110,46 @@ def test_a_full_gpu_is_not_split():
     # Just above one round of equal tiles, halves pack better: three rounds of one half instead of two of one.
     nearly = plan_sequences([sequence(1, 16384)] * 17, [], CAUSAL)
     assert all(s.num_splits == 2 for s in nearly.sequences)
+
+
+@pytest.mark.parametrize(
+    "batch, splits",
+    [
+        # Halves of a launch are 9 parts each, 288 tiles of which 24 go a third round; 256 fill two.
+        ([sequence(1, 65536)] * 4, 8),
+        # A launch is 17 parts, 136 tiles, 4 of which go a second round; 128 fill one, and 33 parts two of half.
+        ([sequence(1, 131072)], 16),
+    ],
+    ids=["4x65536", "1x131072"],
+)
+def test_parts_fill_whole_rounds(batch, splits):
+    plan = plan_sequences(batch, [], CAUSAL)
+    assert {s.num_splits for s in plan.sequences} == {splits}
+    rounds = -(-len(batch) * splits * CAUSAL.heads // CAUSAL.num_sms)
+    assert rounds * CAUSAL.num_sms - len(batch) * splits * CAUSAL.heads < CAUSAL.heads * len(batch)
+
+
+def target_without_correction(demands, p):
+    """As it was chosen when a launch and half of it were the only targets: the second had to gain an eighth, too."""
+    work = sum(d.m_blocks * (d.visits + TILE_OVERHEAD) for d in demands) * p.heads
+    best = _candidate(demands, 0, p)
+    for granularity in GRANULARITIES:
+        plain = _candidate(demands, max(-(-work // (p.num_sms * granularity)), LEAST_TARGET), p)
+        if plain.estimate * SPLIT_GAIN[1] < best.estimate * SPLIT_GAIN[0]:
+            best = plain
+    return best.target
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batch=batches, heads=st.sampled_from([1, 8, 32]), num_sms=st.sampled_from([5, 78, 132]))
+def test_a_correction_never_lengthens_a_launch_by_its_estimate(batch, heads, num_sms):
+    p = parameters(heads=heads, num_sms=num_sms)
+    demands = [_demand(s, p) for s in batch]
+    chosen = _candidate(demands, _target(demands, p), p)
+    assert chosen.estimate <= _candidate(demands, target_without_correction(demands, p), p).estimate
+    # What the bound on the workspace rests on.
+    work = sum(d.m_blocks * (d.visits + TILE_OVERHEAD) for d in demands) * heads
+    assert chosen.target == 0 or chosen.target * GRANULARITIES[-1] * num_sms >= work
 
 
 def test_longest_first_and_streams_interleave_evenly():

@@ -107,6 +107,18 @@ def test_decode_batches_equal_the_specification(emulation, lengths_k, p):
     assert_equals_specification(*decode(lengths_k), p)
 
 
+@pytest.mark.parametrize("lengths_k, splits", [([65536] * 4, 8), ([131072], 16)], ids=["4x65536", "1x131072"])
+def test_corrected_targets_fill_whole_rounds(emulation, lengths_k, splits):
+    metadata = assert_equals_specification(*decode(lengths_k), parameters())
+    assert set(metadata.num_splits_dynamic.tolist()) == {splits}
+
+
+def test_corrections_beyond_32_bits_equal_the_specification(emulation):
+    """A target times its 272 long tiles: more than 2**31."""
+    metadata = assert_equals_specification(*decode([(1 << 30) - 1] * 17), parameters(tile_n=64))
+    assert set(metadata.num_splits_dynamic.tolist()) == {2}
+
+
 def patterns(batch):
     """(name, query lengths, key lengths)."""
     generator = random.Random(batch)
@@ -230,7 +242,7 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
         lengths_q = [20] * 5
     # 16 splits at most are merged by a warp, more by a CTA.
     shape = dict(heads=heads, max_splits=256) if packed_heads else dict(heads=heads * group, max_splits=16)
-    p = parameters(tokens_per_tile=tokens, num_sms=64, **shape)
+    p = parameters(tokens_per_tile=tokens, num_sms=100, **shape)  # so many that sequences get different splits
     lengths, extents = packed(lengths_q, lengths_k, before=3, behind=2)
     lengths = lengths._replace(seqused_q=vector(used))
     if not is_packed:

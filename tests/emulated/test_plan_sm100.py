@@ -2,6 +2,8 @@
 
 from tests.emulated.plan_checks import (  # noqa: F401
     test_batch_sizes,
+    test_corrected_targets_fill_whole_rounds,
+    test_corrections_beyond_32_bits_equal_the_specification,
     test_every_tile_is_handed_out_once_without_a_plan,
     test_every_work_tile_is_handed_out_once,
     test_no_bit_of_a_plan_depends_on_the_order_of_events,
