@@ -12,6 +12,7 @@ from flash_attn_cute import launch, prepared_calls
 from flash_attn_cute.batch_invariant import backend as triton_backend
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import SchedulerMetadata, check_scheduler_metadata
+from flash_attn_cute.split_policy import splits_of
 
 BACKENDS = ("auto", "cute", "triton", "cute+triton", "emulator", "reference")
 NO_BACKWARD = (
@@ -129,6 +130,7 @@ def flash_attn_varlen_func(
             out=out,
             backend=backend,
         )
+    num_splits, seqlen_k_per_split = splits_of(num_splits, seqlen_k_per_split, backend)
     tensors = AttentionTensors(
         q,
         k,
@@ -224,6 +226,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
     named = dict(zip(positional, args, strict=True)) | options
     tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in _OPTIONAL_TENSORS})
     metadata = named.pop("scheduler_metadata", None)
+    splits = splits_of(named.get("num_splits", 1), named.get("seqlen_k_per_split"), backend)
+    named["num_splits"], named["seqlen_k_per_split"] = splits
     problem = Problem.from_arguments(tensors, **named)
     check_scheduler_metadata(problem, metadata)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))

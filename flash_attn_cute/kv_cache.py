@@ -13,6 +13,7 @@ from flash_attn_cute.kv_cache_arguments import KvCacheTensors, Rotary, check, ch
 from flash_attn_cute.launch_append_kv import PreparedAppend
 from flash_attn_cute.problem import Problem
 from flash_attn_cute.scheduler_metadata import SchedulerMetadata, check_scheduler_metadata
+from flash_attn_cute.split_policy import splits_of
 
 # In the family's signature, so that arguments by position arrive where they belong; nothing here takes them.
 _NOT_TAKEN = ("qv", "q_descale", "k_descale", "v_descale", "attention_chunk", "sm_margin")
@@ -142,6 +143,7 @@ def flash_attn_with_kvcache(
             return_softmax_lse=return_softmax_lse,
             backend=backend,
         )
+    num_splits, seqlen_k_per_split = splits_of(num_splits, seqlen_k_per_split, backend)
     options = (
         "with_kvcache",
         max_seqlen_q,

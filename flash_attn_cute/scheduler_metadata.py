@@ -17,6 +17,7 @@ from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.launch_combine import Workspace, architecture_of
 from flash_attn_cute.plan import MAX_SPLITS, Lengths, PlanParameters, plan_sequences
 from flash_attn_cute.problem import INT32_MAX, Problem
+from flash_attn_cute.split_policy import splits_of
 
 UNBOUNDED = 1 << 30
 MAX_BATCH = 32766
@@ -263,6 +264,7 @@ def get_scheduler_metadata(
     Nothing synchronises with the host. Raises ValueError or TypeError for wrong arguments, each naming the argument,
     NotImplementedError where the backend or the head dimensions have no kernel.
     """
+    num_splits, seqlen_k_per_split = splits_of(num_splits, seqlen_k_per_split, backend)
     lengths = LengthTensors(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     for name, value, least in (
         ("batch_size", batch_size, 0),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from flash_attn_cute.batch_invariant.triton_backward import gradient_of_keys, gradient_of_queries, row_dots
 from flash_attn_cute.batch_invariant.triton_device import LOG2_E
 from flash_attn_cute.batch_invariant.triton_forward import attention_forward
+from flash_attn_cute.batch_invariant.triton_launch import INTERPRETED, on_device
 from flash_attn_cute.batch_invariant.triton_tuning import KernelTiles, tiles_for
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import SchedulerMetadata
@@ -26,8 +26,6 @@ from flash_attn_cute.scheduler_metadata import SchedulerMetadata
 LEAST_CAPABILITY = (8, 0)
 # Windows are added to positions in int32. No sequence that fits memory is this long, so a wider window is this one.
 WIDEST_WINDOW = 2**30
-# Triton reads TRITON_INTERPRET when it defines a kernel.
-INTERPRETED = not isinstance(attention_forward, triton.runtime.JITFunction)
 
 Forward = Callable[[AttentionTensors, Problem], tuple[Tensor, Tensor]]
 
@@ -136,13 +134,9 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def strides_of(x: Tensor) -> tuple[int, int, int]:
     """(block, row, head): block is the batch or page dimension, 0 of a packed tensor."""
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def forward(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -160,7 +154,7 @@ def forward(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor
         lse_strides = (0, p.total_q)
     else:
         lse_strides = (p.num_heads * p.seqlen_q, p.seqlen_q)
-    with _on(t.q.device):
+    with on_device(t.q):
         attention_forward[grid](
             t.q,
             t.k,
@@ -173,10 +167,10 @@ def forward(tensors: AttentionTensors, problem: Problem) -> tuple[Tensor, Tensor
             t.seqused_k,
             t.page_table,
             t.learnable_sink,
-            *_strides(t.q),
-            *_strides(t.k),
-            *_strides(t.v),
-            *_strides(out),
+            *strides_of(t.q),
+            *strides_of(t.k),
+            *strides_of(t.v),
+            *strides_of(out),
             *lse_strides,
             0 if t.page_table is None else t.page_table.stride(0),
             rows_q=p.total_q if p.q_packed else p.seqlen_q,
@@ -209,7 +203,7 @@ def backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (t.q, t.k, t.v))
     rows = 64
-    with _on(t.q.device):
+    with on_device(t.q):
         if p.total_q:
             row_dots[(-(-p.total_q // rows), p.num_heads)](
                 out,

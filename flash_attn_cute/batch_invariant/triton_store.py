@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flash_attn_cute.batch_invariant.triton_attention import _on, _strides
+from flash_attn_cute.batch_invariant.triton_attention import strides_of
+from flash_attn_cute.batch_invariant.triton_launch import on_device
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: 
     if tokens == 0:
         return
     heads, dims = k.shape[1], (k.shape[2], v.shape[2])
-    with _on(k.device):
+    with on_device(k):
         store_token[(tokens,)](
             k,
             v,
@@ -65,8 +66,8 @@ def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: 
             slot_mapping,
             *k.stride()[:2],
             *v.stride()[:2],
-            *_strides(k_cache),
-            *_strides(v_cache),
+            *strides_of(k_cache),
+            *strides_of(v_cache),
             PAGE_SIZE=k_cache.shape[1],
             HEADS=heads,
             HEAD_DIM=dims[0],
