@@ -57,6 +57,8 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "key_mask"
     if problem.key_bias_heads is not None:
         return "key_bias"
+    if problem.query_mask_heads is not None or problem.query_bias_heads is not None:
+        return "attn_mask or attn_bias of each query, (total_q, H*, max_seqlen_k)"
     if problem.scheduler == "clc" and architecture == "sm_90a":
         return "scheduler='clc', which Hopper does not have"
     if problem.seqlen_k_per_split is not None and problem.batch_size > MAX_BATCH:
@@ -430,7 +432,7 @@ class PreparedLaunch(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Launches on the current stream; returns (out, lse). metadata: the same as when it was prepared, or one of the
         same parameters."""
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, table, sink, _, _, given, leftpad, cache_rows = (
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, table, sink, _, _, given, leftpad, cache_rows, *_ = (
             tensors
         )
         device = q.device

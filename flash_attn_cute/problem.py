@@ -34,10 +34,13 @@ class AttentionTensors(NamedTuple):
     table, (pages, page_size, Hk, D or Dv). key_mask and key_bias are laid out as k is, with (.., H*) in place of
     (.., Hk, D).
 
-    The last two belong to a key cache and are no arguments of `flash_attn_varlen_func`. leftpad_k, (B,) int32, with
-    batched or paged keys: those of sequence b are positions [leftpad_k[b], seqused_k[b]) of its cache, so that it has
-    seqused_k[b] - leftpad_k[b] of them, and masks and tiles count from the first. cache_batch_idx, (B,) int32, with
-    batched keys (B_cache, Sk, Hk, D or Dv): sequence b reads row cache_batch_idx[b].
+    leftpad_k and cache_batch_idx belong to a key cache and are no arguments of `flash_attn_varlen_func`. leftpad_k,
+    (B,) int32, with batched or paged keys: those of sequence b are positions [leftpad_k[b], seqused_k[b]) of its cache,
+    so that it has seqused_k[b] - leftpad_k[b] of them, and masks and tiles count from the first. cache_batch_idx, (B,)
+    int32, with batched keys (B_cache, Sk, Hk, D or Dv): sequence b reads row cache_batch_idx[b].
+
+    query_mask and query_bias, (total_q, H*, max_seqlen_k) with packed queries: a mask and a bias of each query, column
+    j for the j-th key of its sequence. `flash_attn_varlen_func` takes them as attn_mask and attn_bias.
     """
 
     q: Tensor
@@ -54,6 +57,8 @@ class AttentionTensors(NamedTuple):
     out: Tensor | None = None
     leftpad_k: Tensor | None = None
     cache_batch_idx: Tensor | None = None
+    query_mask: Tensor | None = None
+    query_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ class Problem:
     key_mask_heads: int | None
     key_bias_heads: int | None
     key_bias_dtype: torch.dtype | None
+    query_mask_heads: int | None
+    query_bias_heads: int | None
+    query_bias_dtype: torch.dtype | None
     num_splits: int
     seqlen_k_per_split: int | None
     pack_gqa: bool | None
@@ -127,7 +135,7 @@ class Problem:
         Raises TypeError for a value of the wrong type and ValueError for anything else that is wrong.
         """
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, *others = tensors
-        sink, key_mask, key_bias, out, leftpad_k, cache_batch_idx = others
+        sink, key_mask, key_bias, out, leftpad_k, cache_batch_idx, query_mask, query_bias = others
         _check_are_tensors(tensors)
         dtype, device = q.dtype, q.device
         on_cpu = device.type == "cpu"
@@ -164,6 +172,7 @@ class Problem:
 
         addend_dtypes = _CPU_DTYPES if on_cpu else _ADDEND_DTYPES
         sink_dtype = key_mask_heads = key_bias_heads = key_bias_dtype = None
+        query_mask_heads = query_bias_heads = query_bias_dtype = None
         if sink is not None:
             sink_dtype = _check_sink(sink, num_heads, addend_dtypes, device)
         if key_mask is not None:
@@ -172,6 +181,16 @@ class Problem:
         if key_bias is not None:
             key_bias_dtype = _check_dtype("key_bias", key_bias, addend_dtypes)
             key_bias_heads = _check_key_side("key_bias", key_bias, k_shape, page_size, num_heads, device)
+        if query_mask is not None or query_bias is not None:
+            # In messages they have the names under which the public function takes them.
+            shape = _query_side_shape(q_packed, total_q, max_seqlen_k)
+            head_counts = (1, num_heads_kv, num_heads)
+            if query_mask is not None:
+                _check_dtype("attn_mask", query_mask, (torch.bool,))
+                query_mask_heads = _check_query_side("attn_mask", query_mask, shape, head_counts, device)
+            if query_bias is not None:
+                query_bias_dtype = _check_dtype("attn_bias", query_bias, addend_dtypes)
+                query_bias_heads = _check_query_side("attn_bias", query_bias, shape, head_counts, device)
         if out is not None:
             _check_out(out, (*q_shape[:-1], head_dim_v), dtype, device)
 
@@ -231,6 +250,9 @@ class Problem:
             key_mask_heads=key_mask_heads,
             key_bias_heads=key_bias_heads,
             key_bias_dtype=key_bias_dtype,
+            query_mask_heads=query_mask_heads,
+            query_bias_heads=query_bias_heads,
+            query_bias_dtype=query_bias_dtype,
             num_splits=num_splits,
             seqlen_k_per_split=seqlen_k_per_split,
             pack_gqa=pack_gqa,
@@ -510,6 +532,29 @@ def _check_key_side(
         takes = " or ".join(str((*lead, "H*")) for lead in dict.fromkeys(leads)).replace("'", "")
         _fail(name, f"shape {shape}", f"{takes} with H* in {sorted(set(head_counts))}")
     return shape[-1]
+
+
+def _query_side_shape(q_packed: bool, total_q: int, max_seqlen_k: int | None) -> tuple[int, int]:
+    """Rows and columns of a mask or bias of each query."""
+    if not q_packed:
+        _fail("q", "batched queries with an attn_mask or attn_bias of each query", "packed ones, with cu_seqlens_q")
+    if max_seqlen_k is None:
+        takes = "the extent of its last dimension, the length of the longest sequence of keys"
+        _fail("max_seqlen_k", "None with an attn_mask or attn_bias of each query", takes)
+    return total_q, max_seqlen_k
+
+
+def _check_query_side(
+    name: str, tensor: Tensor, rows_and_columns: tuple[int, int], head_counts: tuple[int, ...], device: torch.device
+) -> int:
+    """Check a tensor that belongs to queries, (total_q, H*, max_seqlen_k). Returns H*."""
+    if tensor.device != device:
+        _fail_device(name, tensor, device)
+    shape, (rows, columns) = tuple(tensor.shape), rows_and_columns
+    if len(shape) != 3 or shape[1] not in head_counts or (shape[0], shape[2]) != rows_and_columns:
+        takes = f"(total_q, H*, max_seqlen_k) = ({rows}, H*, {columns}) with H* in {sorted(set(head_counts))}"
+        _fail(name, f"shape {shape}", takes)
+    return shape[1]
 
 
 def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -11,8 +11,10 @@ What it settles beyond the table of the public function:
   softmax like any other, and the row does see it.
 - Rows that belong to no sequence (past `seqused_q`, or outside `cu_seqlens_q`) give out = 0 and lse = -inf.
 - Keys past the length in use or before `leftpad_k`, and page-table entries of pages that hold none in use, are never
-  touched. A key inside a sequence that is masked has weight 0, and 0 times a NaN value is NaN, as in any
-  implementation.
+  touched.
+- A bias of -inf, or of the least finite number of its own dtype, masks as False in a mask does.
+- A key that a query does not see has no part in its row or its gradients, NaN or not. Kernels owe this to what
+  `key_mask` and `key_bias` mask; what `causal` or a window hides inside a sequence they may multiply by 0.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def attention_reference(
     """Attention computed in `compute_dtype` throughout.
 
     Returns out of `problem.out_shape` and lse of `problem.lse_shape`: in the dtype of q and in float32, or both in
-    `compute_dtype` with `round_output=False`. `tensors.out` is not written. Gradients flow to q, k, v,
-    learnable_sink and key_bias. Raises ValueError for lengths that do not fit the tensors.
+    `compute_dtype` with `round_output=False`. `tensors.out` is not written. Gradients flow to q, k, v, learnable_sink,
+    key_bias and query_bias. Raises ValueError for lengths that do not fit the tensors.
     """
     out, lse = _attention(tensors, problem, product_dtype=compute_dtype, softmax_dtype=compute_dtype)
     if round_output:
@@ -125,13 +127,14 @@ def _attention(
         filled = sequence.q_start + sequence.q_length
         if gap:
             _append_padding(outs, lses, gap, problem, q.device, product_dtype, softmax_dtype)
-        rows = sequence.k_rows
+        rows, queries = sequence.k_rows, slice(sequence.q_start, filled)
+        own_k = k[rows].to(product_dtype)
         out, lse = _attend(
-            q[sequence.q_start : filled].to(product_dtype),
-            k[rows].to(product_dtype),
+            q[queries].to(product_dtype),
+            own_k,
             v[rows].to(product_dtype),
-            None if key_mask is None else key_mask[rows],
-            None if key_bias is None else key_bias[rows],
+            _of_scores(key_mask, tensors.query_mask, rows, queries, len(own_k), problem),
+            _of_scores(key_bias, tensors.query_bias, rows, queries, len(own_k), problem),
             tensors.learnable_sink,
             problem,
             softmax_dtype,
@@ -147,42 +150,97 @@ def _attention(
     return out.contiguous(), lse.contiguous()
 
 
+def _of_scores(
+    key_side: Tensor | None,
+    query_side: Tensor | None,
+    k_rows: slice | Tensor,
+    q_rows: slice,
+    seqlen_k: int,
+    problem: Problem,
+) -> list[Tensor]:
+    """The masks, or the biases, of one sequence in the layout of its scores: (H, 1, Sk) of keys, (H, Sq, Sk) of
+    queries."""
+    found = []
+    if key_side is not None:
+        found.append(key_side[k_rows].transpose(0, 1)[:, None])
+    if query_side is not None:
+        if seqlen_k > query_side.shape[2]:
+            raise ValueError(
+                f"max_seqlen_k: got {query_side.shape[2]} for a sequence of {seqlen_k} keys; takes a bound"
+            )
+        found.append(query_side[q_rows, :, :seqlen_k].transpose(0, 1))
+    return [x.repeat_interleave(problem.num_heads // x.shape[0], dim=0) for x in found]
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_mask: Tensor | None,
-    key_bias: Tensor | None,
+    masks: list[Tensor],
+    biases: list[Tensor],
     sink: Tensor | None,
     problem: Problem,
     softmax_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv), key_mask and key_bias (Sk, H*).
+    """One sequence: q (Sq, H, D), k (Sk, Hk, D), v (Sk, Hk, Dv), masks and biases (H, 1 or Sq, Sk).
 
     Returns out (Sq, H, Dv) in the dtype of q and lse (H, Sq) in `softmax_dtype`.
     """
-    seqlen_q, seqlen_k, heads, kv_heads = q.shape[0], k.shape[0], q.shape[1], k.shape[1]
-    group = heads // kv_heads
+    hidden = ~_visible(q.shape[0], k.shape[0], problem, q.device)
+    for mask in masks:
+        hidden = hidden | ~mask
+    for bias in biases:
+        hidden = hidden | (bias <= torch.finfo(bias.dtype).min)
+    hidden = hidden.expand(q.shape[1], -1, -1)
 
-    # Query heads of a group are rows of one product with their KV head: (Hk, group * Sq, D).
-    grouped_q = (q * problem.softmax_scale).permute(1, 0, 2).reshape(kv_heads, group * seqlen_q, q.shape[2])
-    scores = torch.matmul(grouped_q, k.permute(1, 2, 0)).reshape(heads, seqlen_q, seqlen_k)
+    scores = _query_key_products(q * problem.softmax_scale, k, hidden)
     if problem.softcap > 0.0:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     scores = scores.to(softmax_dtype)
-    if key_bias is not None:
-        scores = scores + _per_query_head(key_bias, heads).to(softmax_dtype)
-    hidden = ~_visible(seqlen_q, seqlen_k, problem, q.device)
-    if key_mask is not None:
-        hidden = hidden | ~_per_query_head(key_mask, heads)
-    scores = scores.masked_fill(hidden, float("-inf"))
+    for bias in biases:
+        scores = scores + bias.to(softmax_dtype)
+    weights, lse = _softmax(scores.masked_fill(hidden, float("-inf")), sink)
+    return _weighted_values(weights.to(v.dtype), v, hidden).transpose(0, 1), lse
 
-    weights, lse = _softmax(scores, sink)
-    grouped_weights = weights.to(v.dtype).reshape(kv_heads, group * seqlen_q, seqlen_k)
-    out = torch.matmul(grouped_weights, v.permute(1, 0, 2)).reshape(heads, seqlen_q, v.shape[2])
-    # Exactly zero where nothing is seen, whatever the values hold.
-    out = out.masked_fill(hidden.all(dim=-1).expand(heads, seqlen_q).unsqueeze(-1), 0.0)
-    return out.transpose(0, 1), lse
+
+def _query_key_products(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """(H, Sq, Sk) of q (Sq, H, D) and k (Sk, Hk, D); finite where hidden (H, Sq, Sk), whatever the keys hold."""
+    (seqlen_q, heads, head_dim), (seqlen_k, kv_heads, _) = q.shape, k.shape
+    finite, odd = _split_finite(k)
+    # Query heads of a group are rows of one product with their KV head: (Hk, group * Sq, D).
+    grouped_q = q.permute(1, 0, 2).reshape(kv_heads, -1, head_dim)
+    scores = torch.matmul(grouped_q, finite.permute(1, 2, 0)).reshape(heads, seqlen_q, seqlen_k)
+    if len(odd):
+        products = q.transpose(0, 1)[:, :, None] * _where_seen(k, odd, hidden)
+        scores = scores.index_copy(2, odd, products.sum(dim=-1))
+    return scores
+
+
+def _weighted_values(weights: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """(H, Sq, Dv) of weights (H, Sq, Sk) and v (Sk, Hk, Dv); what is hidden (H, Sq, Sk) adds nothing."""
+    (heads, seqlen_q, seqlen_k), (_, kv_heads, head_dim_v) = weights.shape, v.shape
+    finite, odd = _split_finite(v)
+    grouped_weights = weights.reshape(kv_heads, heads // kv_heads * seqlen_q, seqlen_k)
+    out = torch.matmul(grouped_weights, finite.permute(1, 0, 2)).reshape(heads, seqlen_q, head_dim_v)
+    if len(odd):
+        out = out + (weights[:, :, odd, None] * _where_seen(v, odd, hidden)).sum(dim=2)
+    return out
+
+
+def _split_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, Hk, D) with rows that hold an infinity or NaN set to 0, and the numbers of those rows.
+
+    Where there are none it is the tensor itself: whether a call has masks does not change the products of what it sees.
+    """
+    is_odd = ~rows.isfinite().flatten(1).all(dim=1)
+    odd = is_odd.nonzero()[:, 0]
+    return (rows.masked_fill(is_odd[:, None, None], 0.0) if len(odd) else rows), odd
+
+
+def _where_seen(rows: Tensor, odd: Tensor, hidden: Tensor) -> Tensor:
+    """Rows `odd` of (S, Hk, D) for each query, (H, Sq, odd, D): 0 where hidden, also in what gradients multiply by."""
+    per_head = rows[odd].transpose(0, 1).repeat_interleave(hidden.shape[0] // rows.shape[1], dim=0)
+    return per_head[:, None].masked_fill(hidden[:, :, odd, None], 0.0)
 
 
 def _softmax(scores: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -217,11 +275,6 @@ def _visible(seqlen_q: int, seqlen_k: int, problem: Problem, device: torch.devic
     if problem.window_left is not None:
         visible &= key >= diagonal - problem.window_left
     return visible
-
-
-def _per_query_head(key_side: Tensor, heads: int) -> Tensor:
-    """(Sk, H*) -> (H, 1, Sk), head h taking h // (H // H*)."""
-    return key_side.repeat_interleave(heads // key_side.shape[1], dim=1).transpose(0, 1).unsqueeze(1)
 
 
 def _rows(tensor: Tensor, has_batch: bool) -> Tensor:

@@ -271,6 +271,61 @@ REFUSED = [
     refused(
         paged, "key_bias: got shape (1, 8, 1); takes (9, 8, H*) with H* in [1, 2, 4]", key_bias=torch.zeros(1, 8, 1)
     ),
+    # Mask and bias of each query
+    refused(
+        packed,
+        "attn_mask: got shape (5, 1, 3); takes (total_q, H*, max_seqlen_k) = (5, H*, 4) with H* in [1, 2, 4]",
+        options={"max_seqlen_k": 4},
+        query_mask=torch.ones(5, 1, 3).bool(),
+    ),
+    refused(
+        packed,
+        "attn_bias: got shape (5, 3, 4); takes (total_q, H*, max_seqlen_k) = (5, H*, 4) with H* in [1, 2, 4]",
+        options={"max_seqlen_k": 4},
+        query_bias=torch.zeros(5, 3, 4),
+    ),
+    refused(
+        packed,
+        "attn_bias: got shape (7, 1, 4); takes (total_q, H*, max_seqlen_k) = (5, H*, 4) with H* in [1, 2, 4]",
+        options={"max_seqlen_k": 4},
+        query_bias=torch.zeros(7, 1, 4),
+    ),
+    refused(
+        packed,
+        "attn_mask: got shape (5, 4); takes (total_q, H*, max_seqlen_k) = (5, H*, 4) with H* in [1, 2, 4]",
+        options={"max_seqlen_k": 4},
+        query_mask=torch.ones(5, 4).bool(),
+    ),
+    refused(
+        packed,
+        "attn_mask: got dtype torch.uint8; takes one of torch.bool",
+        options={"max_seqlen_k": 4},
+        query_mask=torch.ones(5, 1, 4).byte(),
+    ),
+    refused(
+        packed,
+        "attn_bias: got dtype torch.int32; takes one of " + FLOATS,
+        options={"max_seqlen_k": 4},
+        query_bias=ints(5, 1, 4),
+    ),
+    refused(
+        packed,
+        "attn_bias: got device meta; takes the device of q, cpu",
+        options={"max_seqlen_k": 4},
+        query_bias=meta(5, 1, 4),
+    ),
+    refused(
+        packed,
+        "max_seqlen_k: got None with an attn_mask or attn_bias of each query; takes the extent of its last dimension, "
+        "the length of the longest sequence of keys",
+        query_bias=torch.zeros(5, 1, 4),
+    ),
+    refused(
+        batched,
+        "q: got batched queries with an attn_mask or attn_bias of each query; takes packed ones, with cu_seqlens_q",
+        options={"max_seqlen_k": 6},
+        query_bias=torch.zeros(6, 1, 6),
+    ),
     # out
     refused(packed, "out: got shape (5, 4, 16); takes (5, 4, 24)", out=torch.zeros(5, 4, 16, dtype=BF16)),
     refused(packed, "out: got dtype torch.float32; takes the dtype of q, torch.bfloat16", out=torch.zeros(5, 4, 24)),
@@ -422,6 +477,9 @@ def test_packed():
         "key_mask_heads": None,
         "key_bias_heads": None,
         "key_bias_dtype": None,
+        "query_mask_heads": None,
+        "query_bias_heads": None,
+        "query_bias_dtype": None,
         "num_splits": 1,
         "seqlen_k_per_split": None,
         "pack_gqa": None,
@@ -557,6 +615,18 @@ def test_key_side_tensors_of_every_head_count_and_layout(heads):
         tensors = build(key_mask=torch.ones(*lead, heads).bool(), key_bias=torch.zeros(heads, *lead).movedim(0, -1))
         problem = Problem.from_arguments(tensors)
         assert (problem.key_mask_heads, problem.key_bias_heads, problem.key_bias_dtype) == (heads, heads, F32)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("build", [packed, paged])
+def test_query_side_tensors_of_every_head_count(heads, build):
+    extent = 24
+    tensors = build(
+        query_mask=torch.ones(5, heads, extent).bool(),
+        query_bias=torch.zeros(heads, 5, extent, dtype=F16).movedim(0, 1),
+    )
+    problem = Problem.from_arguments(tensors, max_seqlen_k=extent)
+    assert (problem.query_mask_heads, problem.query_bias_heads, problem.query_bias_dtype) == (heads, heads, F16)
 
 
 def test_strided_views_are_taken():
