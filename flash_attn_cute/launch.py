@@ -57,8 +57,10 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return "key_mask"
     if problem.key_bias_heads is not None:
         return "key_bias"
-    if problem.query_mask_heads is not None or problem.query_bias_heads is not None:
-        return "attn_mask or attn_bias of each query, (total_q, H*, max_seqlen_k)"
+    if problem.query_mask_heads is not None:
+        return "attn_mask of each query"
+    if problem.query_bias_heads is not None:
+        return "attn_bias of each query"
     if problem.scheduler == "clc" and architecture == "sm_90a":
         return "scheduler='clc', which Hopper does not have"
     if problem.seqlen_k_per_split is not None and problem.batch_size > MAX_BATCH:
