@@ -25,6 +25,10 @@ def use(policy: SplitPolicy | None) -> None:
     _current = policy
 
 
+def current() -> SplitPolicy | None:
+    return _current
+
+
 def splits_of(num_splits: int, seqlen_k_per_split: int | None, backend: str) -> tuple[int, int | None]:
     """(num_splits, seqlen_k_per_split) of a call. Triton never splits, so there is nothing to decide for it."""
     if _current is None or seqlen_k_per_split is not None or backend == "triton":
