@@ -17,8 +17,8 @@ _ARGUMENTS = """
     Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q,
     SymInt? max_seqlen_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? page_table, float? softmax_scale, bool causal,
     int? window_left, int? window_right, float softcap, Tensor? learnable_sink, Tensor? key_mask, Tensor? key_bias,
-    int num_splits, int? seqlen_k_per_split, bool? pack_gqa, bool deterministic, str scheduler, bool plans,
-    bool return_lse, str backend
+    Tensor? attn_mask, Tensor? attn_bias, int num_splits, int? seqlen_k_per_split, bool? pack_gqa, bool deterministic,
+    str scheduler, bool plans, bool return_lse, str backend
 """
 _NAMES = tuple(argument.split()[1] for argument in _ARGUMENTS.split(","))
 

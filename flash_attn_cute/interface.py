@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attn_cute import attn_mask as compatibility
 from flash_attn_cute import launch, prepared_calls
 from flash_attn_cute.batch_invariant import backend as triton_backend
 from flash_attn_cute.problem import AttentionTensors, Problem
@@ -50,6 +51,8 @@ def flash_attn_varlen_func(
     learnable_sink: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_bias: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     num_splits: int = 1,
     seqlen_k_per_split: int | None = None,
     pack_gqa: bool | None = None,
@@ -68,7 +71,7 @@ def flash_attn_varlen_func(
         (B, Sk, Hk, D or Dv). H must be a multiple of Hk. The last dimension is contiguous, other strides are free.
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32 on the device, offsets of the sequences. Rows of q past the last are
     padding.
-    max_seqlen_q, max_seqlen_k: bounds on the lengths, hints only.
+    max_seqlen_q, max_seqlen_k: bounds on the lengths, hints only (but see attn_mask).
     seqused_q, seqused_k: (B,) int32, how much of each sequence is used.
     page_table: (B, W) int32.
     softmax_scale: defaults to D ** -0.5.
@@ -77,6 +80,13 @@ def flash_attn_varlen_func(
         negative number is unbounded.
     softcap: c > 0 makes a score c * tanh(score / c).
     learnable_sink: (H,) logits that join the softmax and have no value.
+    key_mask: bool, True keeps; (total_k, H*), (B or 1, Sk, H*) or (pages, page_size, H*), as k is, any strides. H* is
+        1, Hk or H, and query head h takes h // (H // H*). The same for every query of a sequence.
+    key_bias: bf16, fp16 or fp32, laid out likewise; added to a score after scale and softcap. -inf and the least finite
+        number of its dtype mask.
+    attn_mask, attn_bias: a compatibility form, told apart by rank: 2 dimensions, (total_k, H*), are key_mask and
+        key_bias of packed keys; 3 dimensions, (total_q, H*, max_seqlen_k) with packed queries, hold for each query what
+        it is for the j-th key of its sequence. The two may differ; neither goes with its key-side namesake.
     pack_gqa: put the query heads of a KV head into one query tile; None chooses. It never changes the result.
     num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n
         (up to 256). Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is
@@ -120,6 +130,8 @@ def flash_attn_varlen_func(
             learnable_sink=learnable_sink,
             key_mask=key_mask,
             key_bias=key_bias,
+            attn_mask=attn_mask,
+            attn_bias=attn_bias,
             num_splits=num_splits,
             seqlen_k_per_split=seqlen_k_per_split,
             pack_gqa=pack_gqa,
@@ -131,6 +143,11 @@ def flash_attn_varlen_func(
             backend=backend,
         )
     num_splits, seqlen_k_per_split = splits_of(num_splits, seqlen_k_per_split, backend)
+    query_mask = query_bias = None
+    if attn_mask is not None or attn_bias is not None:
+        key_mask, key_bias, query_mask, query_bias = compatibility.by_rank(
+            attn_mask, attn_bias, key_mask, key_bias, cu_seqlens_k is not None
+        )
     tensors = AttentionTensors(
         q,
         k,
@@ -144,6 +161,8 @@ def flash_attn_varlen_func(
         key_mask,
         key_bias,
         out,
+        query_mask=query_mask,
+        query_bias=query_bias,
     )
     options = (
         max_seqlen_q,
@@ -166,8 +185,10 @@ def flash_attn_varlen_func(
     if prepared is not None and not _wants_gradients(tensors):
         out, lse = prepared.run(tensors, scheduler_metadata)
         return (out, lse) if return_lse else out
-    problem = Problem.from_arguments(
+    problem = compatibility.checked_problem(
         tensors,
+        attn_mask,
+        attn_bias,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         softmax_scale=softmax_scale,
@@ -210,7 +231,8 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor | tupl
     return flash_attn_varlen_func(q, k, v, **options)
 
 
-_OPTIONAL_TENSORS = tuple(f for f in AttentionTensors._fields[3:] if f not in ("leftpad_k", "cache_batch_idx"))
+# Of the tensors of a call, those that the public function takes under the same name.
+_OPTIONAL_TENSORS = AttentionTensors._fields[3 : AttentionTensors._fields.index("out") + 1]
 _RAGGED_OPTIONS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 
 
@@ -225,10 +247,13 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
         raise TypeError("supports: got an argument twice or too many positional ones; takes those of the call itself")
     named = dict(zip(positional, args, strict=True)) | options
     tensors = AttentionTensors(q, k, v, **{f: named.pop(f, None) for f in _OPTIONAL_TENSORS})
+    attn = named.pop("attn_mask", None), named.pop("attn_bias", None)
+    of_keys = tensors.key_mask, tensors.key_bias
+    tensors = tensors._replace(**compatibility.by_rank(*attn, *of_keys, tensors.cu_seqlens_k is not None)._asdict())
     metadata = named.pop("scheduler_metadata", None)
     splits = splits_of(named.get("num_splits", 1), named.get("seqlen_k_per_split"), backend)
     named["num_splits"], named["seqlen_k_per_split"] = splits
-    problem = Problem.from_arguments(tensors, **named)
+    problem = compatibility.checked_problem(tensors, *attn, **named)
     check_scheduler_metadata(problem, metadata)
     chosen, reason = _choose(problem, backend, _capability(q.device if device is None else device))
     if reason is None and chosen != "reference" and _wants_gradients(tensors):
@@ -385,5 +410,6 @@ def capability_of(q: Tensor) -> tuple[int, int] | str:
 def _wants_gradients(tensors: AttentionTensors) -> bool:
     if not torch.is_grad_enabled():
         return False
-    differentiable = (tensors.q, tensors.k, tensors.v, tensors.learnable_sink, tensors.key_bias)
+    t = tensors
+    differentiable = (t.q, t.k, t.v, t.learnable_sink, t.key_bias, t.query_bias)
     return any(t is not None and t.requires_grad for t in differentiable)

@@ -239,7 +239,8 @@ def attention(tensors: AttentionTensors, **options) -> tuple[Tensor, Tensor]:
     if tensors.leftpad_k is not None or tensors.cache_batch_idx is not None:
         problem = Problem.from_arguments(tensors, return_lse=True, **options)
         return interface._attend(tensors, problem, "auto", None, None)
-    given = {name: tensor for name, tensor in tensors._asdict().items() if tensor is not None}
+    public_names = {"query_mask": "attn_mask", "query_bias": "attn_bias"}
+    given = {public_names.get(name, name): tensor for name, tensor in tensors._asdict().items() if tensor is not None}
     return flash_attn_varlen_func(**given, return_lse=True, **options)
 
 
