@@ -20,6 +20,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
+from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, staged_layout
 from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
@@ -33,6 +34,7 @@ from flash_attn_cute.forward_spec import (
     ForwardSpec,
     ForwardTensors,
     cache_row,
+    key_side_place,
     kv_range,
     page_table,
     seqlen_source,
@@ -46,11 +48,13 @@ from flash_attn_cute.tile_scheduler import (
     TileScheduler,
     WorkTile,
 )
+from flash_attn_cute.tuning import BIAS_STAGES
 
 WARP, WARPGROUP = 32, 128
 LOAD_WARP, SCHEDULE_WARP = 0, 1
-# Where keys are gathered, the producer's other two warps do that: an address a row is work.
-FIRST_GATHER_WARP, GATHER_WARPS = 2, 2
+# The producer's other two warps gather keys, or stage a key-side bias, where either is asked for. With both, the
+# loading warp, which then loads queries alone, stages the bias.
+FIRST_SPARE_WARP, SPARE_WARPS = 2, 2
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -78,6 +82,7 @@ class Stages(NamedTuple):
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
+    bias: cute.Tensor | None = None  # (tile_n, vectors, stages) float32
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Rings:
     q: MbarrierRing
     k: MbarrierRing
     v: MbarrierRing
+    bias: MbarrierRing | None
     tiles: TileMailbox
 
 
@@ -115,7 +121,8 @@ class ForwardSm90:
         tile = spec.tile
         self.threads = WARPGROUP * (tile.consumers + 1)
         self.consumer_warps = 4 * tile.consumers
-        self.loading_warps = 1 + GATHER_WARPS if spec.gathers else 1
+        self.bias_warps = 0 if spec.key_side is None else 1 if spec.gathers else SPARE_WARPS
+        self.loading_warps = 1 + SPARE_WARPS if spec.gathers or self.bias_warps else 1
         # Turns pay where softmax is a large part of a step. With wide heads the products dominate, and warpgroups that
         # issue whenever they can keep the tensor cores busier.
         self.take_turns = tile.consumers > 1 and tile.head_dim <= 128
@@ -212,13 +219,18 @@ class ForwardSm90:
             prefetch_lengths(tensors)
         smem = SmemAllocator()
         stages = Stages(*(self._allocate(smem, operand) for operand in operands))
+        if const_expr(spec.key_side is not None):
+            layout = staged_layout(spec.tile.tile_n, spec.bias_vectors, BIAS_STAGES)
+            stages = stages._replace(bias=smem.allocate_tensor(Float32, layout, byte_alignment=16))
         rings = self._rings(smem)
         if warp == LOAD_WARP:
             with cute.arch.elect_one():
-                key_arrivals = WARP * GATHER_WARPS if const_expr(spec.gathers) else 1
+                key_arrivals = WARP * SPARE_WARPS if const_expr(spec.gathers) else 1
                 rings.q.init(full_arrivals=1, empty_arrivals=self.consumer_warps)
                 rings.k.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
                 rings.v.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
+                if const_expr(spec.key_side is not None):
+                    rings.bias.init(full_arrivals=self.bias_warps, empty_arrivals=self.consumer_warps)
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -227,7 +239,7 @@ class ForwardSm90:
             cute.arch.griddepcontrol_launch_dependents()
 
         window = window_of(spec, scalars)
-        registers = spec.tile.registers(spec.gathers)
+        registers = spec.tile.registers(spec.gathers or spec.key_side is not None)
         if warp < 4:
             if const_expr(registers is not None):
                 cute.arch.setmaxregister_decrease(registers[0])
@@ -237,15 +249,17 @@ class ForwardSm90:
                 order = tile_order(spec, tensors, scalars, source)
                 scheduler = TileScheduler(tensors.semaphore, scalars.short_from)
                 schedule(spec, order, scheduler, rings.tiles, window, tensors)
-            if const_expr(spec.gathers):
-                if warp >= FIRST_GATHER_WARP:
-                    gatherer = warp - FIRST_GATHER_WARP
+            if warp >= FIRST_SPARE_WARP:
+                if const_expr(spec.gathers):
+                    gatherer = warp - FIRST_SPARE_WARP
                     self.load(operands, stages, rings, window, tensors, scalars, gatherer)
+                elif const_expr(spec.key_side is not None):
+                    self.stage_bias(stages, rings, window, tensors, scalars, warp - FIRST_SPARE_WARP)
         else:
             if const_expr(registers is not None):
                 cute.arch.setmaxregister_increase(registers[1])
             consumer = self._consumer(s_mma, o_mma, stages, scalars)
-            self.compute(consumer, rings, window, tensors, scalars)
+            self.compute(consumer, stages, rings, window, tensors, scalars)
 
     def _allocate(self, smem: SmemAllocator, operand: Operand) -> cute.Tensor:
         layout = operand.smem_layout
@@ -264,6 +278,7 @@ class ForwardSm90:
             MbarrierRing(barriers(tile.q_stages), tile.q_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
+            None if self.spec.key_side is None else MbarrierRing(barriers(BIAS_STAGES), BIAS_STAGES),
             TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers),
         )
 
@@ -284,7 +299,7 @@ class ForwardSm90:
         `gatherer`, have K and V.
         """
         spec = self.spec
-        tile_position = q_position = k_position = v_position = MbarrierRing.start()
+        tile_position = q_position = k_position = v_position = bias_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
             if const_expr(gatherer is None):
@@ -299,6 +314,9 @@ class ForwardSm90:
                 queries = ragged_tma.TileLoader.create(operands.q.atom, q_rows, spec.query_box, stages.q, rings.q)
                 queries.load(q_position, queries.find(0))
                 q_position = q_position.next()
+                if const_expr(spec.gathers and spec.key_side is not None):
+                    stager = self._stager(stages, rings, tensors, scalars, Int32(0))
+                    bias_position = self._stage_tile(stager, bias_position, work, seqlens, window, tensors, scalars)
             if const_expr(spec.gathers == (gatherer is not None)):
                 keys, values = [
                     self._key_loader(operand, smem, ring, work, seqlens, tensors, scalars, gatherer)
@@ -318,6 +336,47 @@ class ForwardSm90:
                 v_position = v_position.next()
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def stage_bias(
+        self,
+        stages: Stages,
+        rings: Rings,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        warp: Int32,
+    ):
+        """A warp that turns key-side masks and biases into what consumers add, KV tile by KV tile."""
+        tile_position = position = MbarrierRing.start()
+        stager = self._stager(stages, rings, tensors, scalars, warp)
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            position = self._stage_tile(stager, position, work, seqlens, window, tensors, scalars)
+            tile_position = tile_position.next()
+            work, seqlens = rings.tiles.receive(tile_position)
+
+    def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
+        source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
+        return KeyBiasStager(self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps)
+
+    @cute.jit
+    def _stage_tile(
+        self,
+        stager: KeyBiasStager,
+        position: RingPosition,
+        work: WorkTile,
+        seqlens: Seqlens,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ):
+        kv = kv_range(self.spec, work, seqlens, window)
+        place = key_side_place(self.spec, tensors, scalars, work, seqlens)
+        for i in cutlass.range(kv.num_tiles(), unroll=1):
+            stager.stage(position, kv.end - 1 - i, place)
+            position = position.next()
+        return position
 
     def _key_loader(
         self,
@@ -345,7 +404,7 @@ class ForwardSm90:
             return ragged_tma.TileLoader.create(operand.atom, rows, (tile_n, cute.size(smem, mode=[1])), smem, ring)
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
-            return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, GATHER_WARPS)
+            return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, SPARE_WARPS)
         box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
         return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n)
 
@@ -373,7 +432,15 @@ class ForwardSm90:
         )
 
     @cute.jit
-    def compute(self, me: Consumer, rings: Rings, window: Window, tensors: ForwardTensors, scalars: ForwardScalars):
+    def compute(
+        self,
+        me: Consumer,
+        stages: Stages,
+        rings: Rings,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ):
         """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows.
 
         The first scores of the next tile are issued before the output of this one is written, so that the tensor cores
@@ -393,11 +460,11 @@ class ForwardSm90:
             wgmma.flat(me.o).fill(0.0)
             if const_expr(tile.consumers > 1):
                 if self._has_queries(me, work, seqlens):
-                    kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
+                    kv_position = self._keys(me, stages, rings, window, scalars, work, seqlens, q_position, kv_position)
                 else:
                     kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
             else:
-                kv_position = self._keys(me, rings, window, scalars, work, seqlens, q_position, kv_position)
+                kv_position = self._keys(me, stages, rings, window, scalars, work, seqlens, q_position, kv_position)
             rings.q.release_converged(q_position)
             if const_expr(self.rescale_late):
                 me.softmax.rescale(wgmma.flat(me.o))
@@ -444,21 +511,30 @@ class ForwardSm90:
         # As words: as 16-bit floats the compiler keeps halves, and joins them behind the fence of the product.
         cute.recast_tensor(me.p, Int32).fill(0)
         rings.k.release_converged(position)
+        self._pass_bias(rings, position)
         for _ in cutlass.range(kv_range(self.spec, work, seqlens, window).num_tiles() - 1, unroll=1):
             following = position.next()
             rings.k.wait_full(following)
             self._wait_turn(me.warpgroup)
             self._give_turn(me.warpgroup)
             rings.k.release(following)
+            self._pass_bias(rings, following)
             rings.v.wait_full(position)
             rings.v.release(position)
             position = following
         return position
 
     @cute.jit
+    def _pass_bias(self, rings: Rings, position: RingPosition):
+        if const_expr(self.spec.key_side is not None):
+            rings.bias.wait_full(position)
+            rings.bias.release(position)
+
+    @cute.jit
     def _keys(
         self,
         me: Consumer,
+        stages: Stages,
         rings: Rings,
         window: Window,
         scalars: ForwardScalars,
@@ -478,18 +554,21 @@ class ForwardSm90:
         masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
         full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
         rings.k.release_converged(kv_position)
-        self._softmax(me, scalars, limits, kv.end - 1)
+        bias = None
+        if const_expr(self.spec.key_side is not None):
+            bias = BiasOfRows.create(self.spec, rows, column, stages.bias, rings.bias)
+        self._softmax(me, scalars, limits, kv.end - 1, bias, kv_position)
         self._store_p(me)
         if const_expr(window.right is not None):
             for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                self._step(me, rings, q_position, kv_position, scalars, limits, kv.end - 2 - i)
+                self._step(me, rings, q_position, kv_position, scalars, limits, bias, kv.end - 2 - i)
                 kv_position = kv_position.next()
         for i in cutlass.range(masked_end - full_first, unroll=1):
-            self._step(me, rings, q_position, kv_position, scalars, None, masked_end - 1 - i)
+            self._step(me, rings, q_position, kv_position, scalars, None, bias, masked_end - 1 - i)
             kv_position = kv_position.next()
         if const_expr(window.left is not None):
             for i in cutlass.range(full_first - kv.first, unroll=1):
-                self._step(me, rings, q_position, kv_position, scalars, limits, full_first - 1 - i)
+                self._step(me, rings, q_position, kv_position, scalars, limits, bias, full_first - 1 - i)
                 kv_position = kv_position.next()
         return kv_position
 
@@ -502,6 +581,7 @@ class ForwardSm90:
         position: RingPosition,
         scalars: ForwardScalars,
         limits,
+        bias,
         kv_tile: Int32,
     ):
         """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`."""
@@ -515,7 +595,7 @@ class ForwardSm90:
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
         rings.k.release_converged(following)
-        self._softmax(me, scalars, limits, kv_tile)
+        self._softmax(me, scalars, limits, kv_tile, bias, following)
         warpgroup.wait_group(0)
         rings.v.release_converged(position)
         self._store_p(me)
@@ -548,13 +628,15 @@ class ForwardSm90:
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit
-    def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, kv_tile: Int32):
+    def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, kv_tile: Int32, bias, position: RingPosition):
         """Turns the scores into probabilities, in place."""
         s = wgmma.flat(me.s)
         if const_expr(self.spec.softcap):
             factor = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(cute.size(s)):
                 s[i] = tanh(s[i] * factor)
+        if const_expr(bias is not None):
+            bias.add(s, position)
         if const_expr(limits is not None):
             mask_scores(s, limits, kv_tile, self.spec.tile.tile_n)
         me.softmax.update(s)

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device.divisor import Divisor
+from flash_attn_cute.device.key_bias import KeySideSpec, Place
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.paged_kv import PageTable
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
@@ -30,10 +31,20 @@ class ForwardSpec:
     clc: bool = False  # tiles are handed out by cluster launch control
     page_span: int = 0  # of paged keys: rows of a span that TMA loads (see device.paged_kv)
     gathers: bool = False  # rows of paged keys are gathered with cp.async
+    key_side: KeySideSpec | None = None
 
     @property
     def packed(self) -> bool:
         return self.rows_per_token > 1
+
+    @property
+    def qheads_per_tile(self) -> int:
+        return self.qheads_per_kvhead if self.packed else 1
+
+    @property
+    def bias_vectors(self) -> int:
+        """Numbers that a key-side bias has staged a key."""
+        return self.key_side.vectors(self.qheads_per_tile)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -65,6 +76,8 @@ class ForwardTensors(NamedTuple):
     page_table: cute.Tensor | None = None  # (B, W) int32; then k and v are (pages, page_size, Hk, D or Dv)
     leftpad_k: cute.Tensor | None = None
     cache_batch_idx: cute.Tensor | None = None  # which row of batched k and v a sequence has
+    key_mask: cute.Tensor | None = None  # uint8; as key_bias (total_k, H*), (B, Sk, H*) or (pages, page_size, H*)
+    key_bias: cute.Tensor | None = None
 
     @property
     def packed_q(self) -> bool:
@@ -96,6 +109,7 @@ class ForwardScalars(NamedTuple):
     short_from: Int32  # the tile number from which on all tiles are short; see TileScheduler
     tiles_per_split: Int32  # read where the kernel was compiled with splits
     by_page_size: Divisor  # read where keys are paged
+    bias_factor: Float32  # read where there is a key-side bias: 1 over the scale of scores, or over their soft cap
 
 
 def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:
@@ -135,6 +149,17 @@ def page_table(
 def cache_row(tensors: ForwardTensors, batch: Int32) -> Int32:
     """The row of batched k and v that a sequence has."""
     return tensors.cache_batch_idx[batch] if const_expr(tensors.cache_batch_idx is not None) else batch
+
+
+def key_side_place(
+    spec: ForwardSpec, tensors: ForwardTensors, scalars: ForwardScalars, work: WorkTile, seqlens: Seqlens
+) -> Place:
+    table = None
+    if tensors.page_table is not None:
+        table = page_table(spec, tensors, scalars, seqlens, work.batch)
+    head_kv = work.head if spec.packed else work.head // spec.qheads_per_kvhead
+    head_q = work.head * spec.qheads_per_kvhead if spec.packed else work.head
+    return Place(cache_row(tensors, work.batch), seqlens, table, head_kv, head_q)
 
 
 def num_tile_heads(spec: ForwardSpec, tensors: ForwardTensors) -> Int32:

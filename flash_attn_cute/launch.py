@@ -26,9 +26,12 @@ from flash_attn_cute.scheduler_metadata import (
     plan_batch,
 )
 from flash_attn_cute.tuning import (
+    SM90_SMALL_BYTES,
+    SMEM_BYTES,
     QueryTiling,
     Sm90Tile,
     Sm100Tile,
+    bias_bytes,
     forward_tile,
     packed_rows,
     query_tiling,
@@ -44,6 +47,8 @@ SWIZZLE_ROWS = 8
 LEAST_SPAN_OF_DECODES = 32
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# A bias of the least finite number of its type hides a key.
+LOWEST = {name: torch.finfo(dtype).min for dtype, name in _DTYPE_NAMES.items()}
 
 
 def unsupported(problem: Problem, architecture: str) -> str | None:
@@ -53,10 +58,6 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"dtype {problem.dtype}"
     if tiling is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
-    if problem.key_mask_heads is not None:
-        return "key_mask"
-    if problem.key_bias_heads is not None:
-        return "key_bias"
     if problem.query_mask_heads is not None:
         return "attn_mask of each query"
     if problem.query_bias_heads is not None:
@@ -70,7 +71,28 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
     if tiling.rows_per_token == 0:
         most = tiling.tile.query_rows
         return f"pack_gqa=True with {problem.qheads_per_kvhead} query heads a KV head (at most {most})"
+    return _key_side_unsupported(problem, architecture, tiling)
+
+
+def _key_side_unsupported(p: Problem, architecture: str, tiling: QueryTiling) -> str | None:
+    if p.key_mask_heads is None and p.key_bias_heads is None:
+        return None
+    if architecture != "sm_90a":
+        return "key_mask and key_bias"
+    if p.key_bias_dtype not in (None, *_DTYPE_NAMES):
+        return f"key_bias of dtype {p.key_bias_dtype}"
+    per_query_head = "query" in (_key_side_heads(p, p.key_mask_heads), _key_side_heads(p, p.key_bias_heads))
+    vectors = p.qheads_per_kvhead if tiling.packed and per_query_head else 1
+    if tiling.tile.smem_bytes + SM90_SMALL_BYTES + bias_bytes(tiling.tile.tile_n, vectors) > SMEM_BYTES:
+        return f"a mask or bias a query head with {p.qheads_per_kvhead} of them packed: pass pack_gqa=False"
     return None
+
+
+def _key_side_heads(p: Problem, heads: int | None) -> str | None:
+    """How the heads of a mask or a bias belong to query heads: device.key_bias."""
+    if heads is None or heads == 1:
+        return None if heads is None else "all"
+    return "kv" if heads == p.num_heads_kv else "query"
 
 
 def _query_tiling(p: Problem, architecture: str, parameters: PlanParameters | None = None) -> QueryTiling | None:
@@ -114,6 +136,9 @@ class KernelKey(NamedTuple):
     leftpad_k: bool = False
     cache_batch_idx: bool = False
     few_rows: bool = False  # the tile for few query rows
+    key_mask: str | None = None  # how its heads belong to query heads
+    key_bias: str | None = None
+    key_bias_dtype: str | None = None
 
     @property
     def tile(self) -> Sm90Tile | Sm100Tile:
@@ -154,6 +179,9 @@ class KernelKey(NamedTuple):
             leftpad_k=p.has_leftpad_k,
             cache_batch_idx=p.has_cache_batch_idx,
             few_rows=tiling.few_rows,
+            key_mask=_key_side_heads(p, p.key_mask_heads),
+            key_bias=_key_side_heads(p, p.key_bias_heads),
+            key_bias_dtype=_DTYPE_NAMES.get(p.key_bias_dtype),
         )
 
 
@@ -230,6 +258,7 @@ def compile_kernel(key: KernelKey) -> Any:
     from cutlass import Float32, Int32
 
     from flash_attn_cute.device.divisor import Divisor
+    from flash_attn_cute.device.key_bias import KeySideSpec
     from flash_attn_cute.forward_sm90 import ForwardSm90
     from flash_attn_cute.forward_sm100 import ForwardSm100
     from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
@@ -255,6 +284,13 @@ def compile_kernel(key: KernelKey) -> Any:
         shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
         return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=16)
 
+    def key_side(kind, element):
+        if kind is None:
+            return None
+        shape = tuple(cute.sym_int() for _ in range(2 if key.varlen_k else 3))
+        strides = tuple(cute.sym_int64() for _ in shape)
+        return cute.runtime.make_fake_tensor(element, shape, stride=strides, assumed_align=element.width // 8)
+
     rank_q, rank_k = (None,) * (2 if key.varlen_q else 3), (None,) * (2 if key.varlen_k else 3)
     paged = key.page_span is not None
     tensors = ForwardTensors(
@@ -277,7 +313,12 @@ def compile_kernel(key: KernelKey) -> Any:
         page_table=optional(paged, Int32, None, None),
         leftpad_k=optional(key.leftpad_k, Int32, None),
         cache_batch_idx=optional(key.cache_batch_idx, Int32, None),
+        key_mask=key_side(key.key_mask, cutlass.Uint8),
+        key_bias=key_side(key.key_bias, types.get(key.key_bias_dtype)),
     )
+    spec_key_side = None
+    if key.key_mask is not None or key.key_bias is not None:
+        spec_key_side = KeySideSpec(key.key_mask, key.key_bias, LOWEST.get(key.key_bias_dtype, 0.0))
     spec = ForwardSpec(
         dtype,
         tile,
@@ -291,9 +332,10 @@ def compile_kernel(key: KernelKey) -> Any:
         key.clc,
         key.page_span or 0,
         gathers=key.page_span == 0,
+        key_side=spec_key_side,
     )
-    numbers = (Int32(0) for _ in ForwardScalars._fields[2:-1])
-    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)))
+    numbers = (Int32(0) for _ in ForwardScalars._fields[2:-2])
+    scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)), Float32(1.0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     kernel = ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100
     options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
@@ -402,6 +444,7 @@ class PreparedLaunch(NamedTuple):
             planned.short_from,
             planning.parameters.tiles_per_split if planning else 0,
             divisor_fields(p.page_size or 1),
+            1.0 / (p.softcap or p.softmax_scale),
         )
         function = combine = None
         if 0 not in p.out_shape:
@@ -434,9 +477,8 @@ class PreparedLaunch(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Launches on the current stream; returns (out, lse). metadata: the same as when it was prepared, or one of the
         same parameters."""
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, table, sink, _, _, given, leftpad, cache_rows, *_ = (
-            tensors
-        )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = tensors[:7]
+        sink, given = tensors.learnable_sink, tensors.out
         device = q.device
         out = torch.empty(self.out_shape, dtype=self.dtype, device=device) if given is None else given
         lse = None
@@ -462,13 +504,25 @@ class PreparedLaunch(NamedTuple):
             semaphore = _semaphore(device)
         workspace = (None, None) if self.combine is None else self.combine.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        keys_at = (table, leftpad, cache_rows)
-        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *keys_at), self.scalars)
+        of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, *_key_side(tensors))
+        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_keys), self.scalars)
         if self.combine is not None:
             self.combine.run(metadata, workspace, target, lse, cu_seqlens_q, seqused_q, sink)
         if target is not out:
             out.copy_(target)
         return out, lse
+
+
+def _key_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
+    """(mask as uint8, bias), with a row for each of batched k. Nothing is copied."""
+    mask, bias = tensors.key_mask, tensors.key_bias
+    if mask is None and bias is None:
+        return None, None
+    sequences = tensors.k.shape[0]
+    mask = None if mask is None else mask.view(torch.uint8)
+    return tuple(
+        x.expand(sequences, -1, -1) if x is not None and x.dim() == 3 and x.shape[0] == 1 else x for x in (mask, bias)
+    )
 
 
 def _for_tma(x: Tensor, strides_suit: bool) -> Tensor:

@@ -8,6 +8,11 @@ never meet, so tile_m is free.
 from typing import NamedTuple
 
 SMEM_BYTES = 227 * 1024  # of a CTA, on Hopper and on Blackwell
+SM90_SMALL_BYTES = 512  # barriers and the tile mailbox
+# Staged KV tiles of a key-side bias: the one that is added, and the next.
+BIAS_STAGES = 2
+# Numbers between the staged vectors of a bias, for lanes that write several of them to reach different banks.
+BIAS_PAD = 8
 
 
 class Sm90Tile(NamedTuple):
@@ -29,12 +34,12 @@ class Sm90Tile(NamedTuple):
         """Rows that are loaded and multiplied together: whole tokens have to fit into them."""
         return self.tile_m
 
-    def registers(self, gathers: bool) -> tuple[int, int] | None:
+    def registers(self, producer_computes: bool) -> tuple[int, int] | None:
         """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8.
 
-        None where every thread can have 255. gathers: whether the producer computes an address a row.
+        None where every thread can have 255. producer_computes: whether it has to, an address a row or a bias a key.
         """
-        if gathers:
+        if producer_computes:
             return {1: None, 2: (40, 232), 3: (56, 152)}[self.consumers]
         return {1: None, 2: (24, 240), 3: (32, 160)}[self.consumers]
 
@@ -73,6 +78,11 @@ SM90_FEW_ROWS_TILES = {
         (256, 256): 2,
     }.items()
 }
+
+
+def bias_bytes(tile_n: int, vectors: int) -> int:
+    """Shared memory of staged key-side bias; see device.key_bias."""
+    return 4 * (tile_n + BIAS_PAD) * vectors * BIAS_STAGES
 
 
 class Sm100Tile(NamedTuple):

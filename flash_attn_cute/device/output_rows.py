@@ -59,8 +59,12 @@ class OutputRows:
     def of_thread(spec, work, warpgroup: Int32, thread: Int32):
         return OutputRows(spec, work, warpgroup * 64 + thread // 32 * 16 + thread % 32 // QUAD)
 
+    def row(self, r: int) -> Int32:
+        """Of the query tile."""
+        return self.first_row + ROW_STEP * r
+
     def token(self, r: int) -> Int32:
-        return token_of_row(self.spec, self.work, self.first_row + ROW_STEP * r)
+        return token_of_row(self.spec, self.work, self.row(r))
 
     def place(self, r: int, seqlens: Seqlens) -> RowPlace:
         return RowPlace.of(self.spec, self.work, seqlens, self.first_row + ROW_STEP * r)

@@ -1,0 +1,116 @@
+"""Key-side mask and bias in the forward, in the emulator: held to the reference, and neutral where they say nothing.
+
+`test_key_bias_sm90.py` imports it.
+"""
+
+import pytest
+import torch
+
+from tests.attention_cases import (
+    assert_close_to_reference,
+    attention,
+    build_tensors,
+    in_pages,
+    problem_of,
+)
+
+CUDA = "cuda"
+LENGTHS_Q, LENGTHS_K = [130, 1, 0, 3, 2], [200, 129, 7, 0, 5]
+PLAIN = {"heads": 4, "kv_heads": 2, "head_dim": 64, "device": CUDA}
+CASES = {
+    "a bias for all heads": ({"key_bias_heads": 1}, {}),
+    "a bias a KV head, causal": ({"key_bias_heads": 2}, {"causal": True}),
+    "a bias a query head, packed": ({"key_bias_heads": 4}, {"causal": True, "pack_gqa": True}),
+    "a bias a query head, not packed": ({"key_bias_heads": 4}, {"pack_gqa": False}),
+    "a bias a query head of 3, packed": ({"key_bias_heads": 6, "heads": 6}, {"causal": True, "pack_gqa": True}),
+    "a mask for all heads": ({"key_mask_heads": 1}, {"causal": True}),
+    "a mask a query head": ({"key_mask_heads": 4}, {"pack_gqa": True}),
+    "a mask a KV head and a bias a query head": (
+        {"key_mask_heads": 2, "key_bias_heads": 4, "key_bias_dtype": torch.bfloat16},
+        {"causal": True, "pack_gqa": True},
+    ),
+    "under a soft cap and beside a sink": (
+        {"key_bias_heads": 1, "key_mask_heads": 4, "key_bias_dtype": torch.float16, "sink_dtype": torch.float32},
+        {"causal": True, "softcap": 10.0, "window_size": (70, None)},
+    ),
+    "d128": ({"key_bias_heads": 4, "head_dim": 128}, {"causal": True, "pack_gqa": True}),
+    "d256": ({"key_bias_heads": 2, "key_mask_heads": 1, "head_dim": 256}, {"causal": True}),
+    "batched": (
+        {"key_bias_heads": 2, "key_mask_heads": 4, "layout_q": "batched", "layout_k": "batched", "slack_k": 3},
+        {"causal": True},
+    ),
+    "pages of 16": ({"key_bias_heads": 4, "layout_k": "paged", "page_size": 16}, {"causal": True}),
+    "pages of 3": (
+        {"key_bias_heads": 4, "key_mask_heads": 1, "layout_k": "paged", "page_size": 3},
+        {"causal": True, "pack_gqa": True},
+    ),
+    "few rows": ({"key_bias_heads": 4, "key_mask_heads": 2}, {"causal": True, "max_seqlen_q": 1}),
+}
+
+
+@pytest.mark.parametrize("schedule", ["in-order", "random"])
+@pytest.mark.parametrize("name", CASES)
+def test_mask_and_bias_equal_the_reference(emulation, name, schedule):
+    build, options = CASES[name]
+    tensors = build_tensors(LENGTHS_Q, LENGTHS_K, **(PLAIN | build))
+    emulation.reschedule(schedule, 1)
+    out, lse = attention(tensors, **options)
+    assert_close_to_reference(out, lse, tensors, problem_of(tensors, **options))
+    emulation.reschedule("in-order")
+
+
+def assert_same(got, expected):
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_what_says_nothing_changes_no_bit(emulation, softcap):
+    tensors = build_tensors(LENGTHS_Q, LENGTHS_K, **PLAIN)
+    options = {"causal": True, "softcap": softcap}
+    expected = attention(tensors, **options)
+    rows = tensors.k.shape[0]
+    keeps = torch.ones(rows, 4, dtype=torch.bool, device=CUDA)
+    zeros = torch.zeros(rows, 2, dtype=torch.bfloat16, device=CUDA)
+    for given in ({"key_mask": keeps}, {"key_bias": zeros}, {"key_mask": keeps, "key_bias": zeros}):
+        assert_same(attention(tensors._replace(**given), **options), expected)
+
+
+def test_rows_without_a_key_left_and_what_hides_one(emulation):
+    tensors = build_tensors([5, 3], [70, 150], **PLAIN)
+    rows = tensors.k.shape[0]
+    mask = torch.ones(rows, 1, dtype=torch.bool, device=CUDA)
+    mask[:70] = False
+    mask[100:110] = False
+    out, lse = attention(tensors._replace(key_mask=mask))
+    assert (out[:5] == 0).all() and (lse[:, :5] == -float("inf")).all()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for hidden in (-float("inf"), torch.finfo(dtype).min):
+            bias = torch.zeros(rows, 1, dtype=dtype, device=CUDA).masked_fill(~mask, hidden)
+            assert_same(attention(tensors._replace(key_bias=bias)), (out, lse))
+    # A key that is hidden may hold NaN, and so may its bias.
+    k = tensors.k.clone()
+    k[100:110] = float("nan")
+    bias = torch.zeros(rows, 1, device=CUDA)
+    bias[100:110] = float("nan")
+    assert_same(attention(tensors._replace(k=k, key_mask=mask, key_bias=bias)), (out, lse))
+
+
+def test_pages_and_splits_change_no_bit(emulation):
+    tensors = build_tensors([1, 4], [300, 129], **PLAIN, key_bias_heads=4, key_mask_heads=1)
+    expected = attention(tensors, causal=True)
+    plain = {name: getattr(tensors, name) for name in ("key_bias", "key_mask")}
+    for page_size in (16, 3):
+        paged = in_pages(tensors._replace(key_bias=None, key_mask=None), page_size)
+        cache = {}
+        for name, rows in plain.items():
+            filled = torch.zeros(*paged.k.shape[:2], rows.shape[-1], dtype=rows.dtype, device=CUDA)
+            start = 0
+            for sequence, length in enumerate([300, 129]):
+                for i in range(length):
+                    page = int(paged.page_table[sequence, i // page_size])
+                    filled[page, i % page_size] = rows[start + i]
+                start += length
+            cache[name] = filled
+        assert_same(attention(paged._replace(**cache), causal=True), expected)
+    out, lse = attention(tensors, causal=True, seqlen_k_per_split=128)
+    assert_close_to_reference(out, lse, tensors, problem_of(tensors, causal=True))
