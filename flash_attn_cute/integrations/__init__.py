@@ -1,1 +1,3 @@
-"""Other libraries' ways to call attention. Each module imports its library; nothing here is imported by the package."""
+"""Other libraries' ways to call attention. A module imports its library, or only takes its keywords; nothing here is
+imported by the package.
+"""
