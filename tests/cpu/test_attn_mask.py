@@ -159,6 +159,17 @@ def test_gradients_arrive_at_either_form():
     torch.testing.assert_close(bias.grad, summed, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["key_bias", "attn_bias"])
+def test_the_cute_path_says_that_it_has_no_gradients(name):
+    call = [x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call_of(RAGGED)]
+    bias = BIAS.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="the CuTe kernels have no backward"):
+        flash_attn_varlen_func(*call, **{name: bias}, backend="emulator")
+    assert "the CuTe kernels have no backward" in supports(*call, **{name: bias}, device=(9, 0)).reason
+    with torch.no_grad():
+        assert supports(*call, **{name: bias}, device=(9, 0))
+
+
 @pytest.mark.parametrize("mask_rank, bias_rank", [(2, None), (3, 3), (2, 3)])
 def test_torch_compile_carries_every_form(mask_rank, bias_rank):
     forms = {
