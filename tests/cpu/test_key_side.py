@@ -206,13 +206,21 @@ def slot(tensors, index, key, shared):
 
 
 LENGTH_PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 17)), min_size=1, max_size=5)
+FORMS = st.tuples(st.sampled_from(["none", "key", "query"]), st.sampled_from([1, 2, 6]))
 
 
-@settings(max_examples=80, deadline=None)
+def view(values, offset, pitch):
+    """Element i of a row is `pitch` elements behind the last, and the first is `offset` behind the allocation's."""
+    storage = torch.zeros(offset + values.numel() * pitch, dtype=values.dtype)
+    strides = [pitch * values.shape[dim + 1 :].numel() for dim in range(values.dim())]
+    return storage.as_strided(values.shape, strides, offset).copy_(values)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     pairs=LENGTH_PAIRS,
-    mask_heads=st.sampled_from([None, 1, 2, 6]),
-    bias_heads=st.sampled_from([None, 1, 2, 6]),
+    mask_form=FORMS,
+    bias_form=FORMS,
     dtype=st.sampled_from([BF16, F16, F32]),
     offset=st.integers(0, 7),
     pitch=st.integers(1, 3),
@@ -221,8 +229,8 @@ LENGTH_PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 17)), min_si
     causal=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_any_offsets_and_strides_equal_a_dense_mask_and_bias(
-    pairs, mask_heads, bias_heads, dtype, offset, pitch, density, sees_none, causal, seed
+def test_any_layouts_offsets_and_strides_equal_a_dense_mask_and_bias(
+    pairs, mask_form, bias_form, dtype, offset, pitch, density, sees_none, causal, seed
 ):
     """Sequences begin at any row, tensors at any element and with any pitch, and whole sequences may be masked.
 
@@ -231,32 +239,37 @@ def test_any_offsets_and_strides_equal_a_dense_mask_and_bias(
     lengths_q, lengths_k = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     tensors = build_tensors(lengths_q, lengths_k, heads=6, kv_heads=2, head_dim=8, dtype=F64, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    total_k = sum(lengths_k)
 
-    def view(values):
-        """Element i of a row is `pitch` elements behind the last, and the first is `offset` behind the allocation's."""
-        storage = torch.zeros(offset + values.numel() * pitch, dtype=values.dtype)
-        strides = (values.shape[1] * pitch, pitch)
-        return storage.as_strided(values.shape, strides, offset).copy_(values)
+    def shape(form):
+        side, heads = form
+        return (sum(lengths_k), heads) if side == "key" else (sum(lengths_q), heads, max(lengths_k))
 
-    if mask_heads:
-        mask = torch.rand(total_k, mask_heads, generator=generator) < density
+    if mask_form[0] != "none":
+        mask = torch.rand(shape(mask_form), generator=generator) < density
         if sees_none:
-            mask[: lengths_k[0]] = False
-        tensors = tensors._replace(key_mask=view(mask))
-    if bias_heads:
-        tensors = tensors._replace(key_bias=view(torch.randn(total_k, bias_heads, generator=generator).to(dtype)))
-    out, lse = reference(tensors, causal=causal)
+            mask[: pairs[0][mask_form[0] == "key"]] = False
+        tensors = tensors._replace(**{f"{mask_form[0]}_mask": view(mask, offset, pitch)})
+    if bias_form[0] != "none":
+        bias = torch.randn(shape(bias_form), generator=generator).to(dtype)
+        tensors = tensors._replace(**{f"{bias_form[0]}_bias": view(bias, offset, pitch)})
+    out, lse = reference(tensors, causal=causal, max_seqlen_k=max(lengths_k))
+
+    def of_scores(form, tensor, rows, keys):
+        """(6, 1 or Sq, Sk)."""
+        own = (
+            tensor[keys].T[:, None] if form[0] == "key" else tensor[rows].transpose(0, 1)[..., : keys.stop - keys.start]
+        )
+        return own.repeat_interleave(6 // form[1], dim=0)
 
     q_start = k_start = 0
     for length_q, length_k in pairs:
         q_rows, k_rows = slice(q_start, q_start + length_q), slice(k_start, k_start + length_k)
         q_start, k_start = q_rows.stop, k_rows.stop
         added = torch.zeros(6, length_q, length_k, dtype=F64)
-        if bias_heads:
-            added += tensors.key_bias[k_rows].repeat_interleave(6 // bias_heads, dim=1).T[:, None].double()
-        if mask_heads:
-            added.masked_fill_(~tensors.key_mask[k_rows].repeat_interleave(6 // mask_heads, dim=1).T[:, None], -INF)
+        if bias_form[0] != "none":
+            added += of_scores(bias_form, bias, q_rows, k_rows).double()
+        if mask_form[0] != "none":
+            added.masked_fill_(~of_scores(mask_form, mask, q_rows, k_rows), -INF)
         if causal:
             later = torch.arange(length_k)[None] > torch.arange(length_q)[:, None] + length_k - length_q
             added.masked_fill_(later, -INF)
@@ -306,6 +319,14 @@ def test_of_each_query_over_other_layouts_of_keys(layout_k):
             other.k[place], other.v[place] = packed.k[starts[index] + key], packed.v[starts[index] + key]
     got = reference(other._replace(q=packed.q, query_mask=mask, query_bias=bias), **options)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_true_and_zero_of_each_query_change_no_bit():
+    tensors = ragged(dtype=BF16)
+    shape = (sum(LENGTHS_Q), 2, max(LENGTHS_K))
+    same = tensors._replace(query_mask=torch.ones(shape, dtype=torch.bool), query_bias=torch.zeros(shape))
+    got = reference(same, causal=True, max_seqlen_k=max(LENGTHS_K))
+    assert all(torch.equal(a, b) for a, b in zip(got, reference(tensors, causal=True), strict=True))
 
 
 def test_a_sequence_longer_than_the_columns_is_an_error():

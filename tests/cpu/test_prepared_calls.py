@@ -39,6 +39,10 @@ def test_contents_and_addresses_are_not_in_it():
         tensors(learnable_sink=torch.zeros(4)),
         tensors(leftpad_k=torch.zeros(1, dtype=torch.int32)),
         tensors(cache_batch_idx=torch.zeros(1, dtype=torch.int32)),
+        tensors(key_mask=torch.ones(24, 2, dtype=torch.bool)),
+        tensors(key_bias=torch.zeros(24, 2)),
+        tensors(query_mask=torch.ones(24, 2, 16, dtype=torch.bool)),
+        tensors(query_bias=torch.zeros(24, 2, 16)),
         tensors(out=torch.zeros(24, 4, 64, dtype=torch.bfloat16)),
     ],
 )
