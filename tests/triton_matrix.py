@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flash_attn_cute import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, store_kv_cache, supports
+from flash_attn_cute.batch_invariant.backend import why_not
 from flash_attn_cute.problem import Problem
 from flash_attn_cute.reference import attention_plain, attention_reference
 from tests.attention_cases import (
@@ -323,6 +324,10 @@ def test_key_side_arguments_are_refused():
     for build in ({"key_mask_heads": 1}, {"key_bias_heads": 1}):
         with pytest.raises(NotImplementedError, match="Triton kernel: key_(mask|bias)"):
             attention(tensors_of(**build), **TRITON)
+    tensors = tensors_of([5], [7])
+    for name, value in (("query_mask", torch.ones(5, 1, 7) > 0), ("query_bias", torch.zeros(5, 1, 7))):
+        problem = Problem.from_arguments(tensors._replace(**{name: value.to(DEVICE)}), max_seqlen_k=7)
+        assert "of each query" in why_not(problem, (9, 0))
 
 
 def test_gradients_over_pages_are_refused():

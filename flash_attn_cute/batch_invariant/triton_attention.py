@@ -52,6 +52,8 @@ def unsupported(problem: Problem) -> str | None:
         (problem.key_bias_heads is not None, "key_bias"),
         (problem.query_mask_heads is not None, "attn_mask of each query"),
         (problem.query_bias_heads is not None, "attn_bias of each query"),
+        (problem.query_mask_heads is not None, "attn_mask of each query"),
+        (problem.query_bias_heads is not None, "attn_bias of each query"),
         (problem.seqlen_k_per_split is not None, "seqlen_k_per_split"),
         (problem.scheduler != "auto", f"scheduler={problem.scheduler!r}"),
     ):
