@@ -2,7 +2,7 @@
 
 import random
 
-from flash_attn_cute.scheduler_metadata import _divisor
+from flash_attn_cute.scheduler_metadata import divisor_fields
 
 
 def floor(x: int, divisor: tuple[int, int]) -> int:
@@ -16,8 +16,8 @@ def test_exact_for_every_divisor_at_every_edge():
     largest = 2**31 - 1
     divisors = [*range(1, 600), *(2**k + e for k in range(2, 31) for e in (-1, 0, 1)), largest]
     for d in [*divisors, *(generator.randrange(1, largest) for _ in range(500))]:
-        assert all(-(2**31) <= word < 2**31 for word in _divisor(d))
+        assert all(-(2**31) <= word < 2**31 for word in divisor_fields(d))
         quotients = {0, 1, largest // d, generator.randrange(largest // d + 1)}
         for x in {q * d + e for q in quotients for e in (-1, 0, d - 1)} | {largest}:
             if 0 <= x <= largest:
-                assert floor(x, _divisor(d)) == x // d, (x, d)
+                assert floor(x, divisor_fields(d)) == x // d, (x, d)
