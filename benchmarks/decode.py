@@ -4,7 +4,8 @@
     python benchmarks/decode.py --preset few-long --only "page 64"
 
 One run on one GPU: ceilings first, then for each case our call with a plan made before ("ours"), the same call captured
-and replayed ("ours graph"), the call that plans itself ("ours in-call"), and peers, in turn with a cold L2, medians.
+and replayed ("ours graph"), the call that plans itself ("ours in-call"), the batch-invariant call, whose splits have one
+size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
 Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
 Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
 made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
@@ -37,10 +38,16 @@ from benchmarks.verify import Check
 from benchmarks.workloads import Workload, ragged
 
 PLANNED = ("ours", "ours graph")
+INVARIANT = ("ours invariant", "ours invariant graph")
+# A KV head's split of so many keys is 1 MiB, some 30 us of an SM's share of the bandwidth: coarse enough that merging
+# splits costs little, fine enough that the last of 131072 keys are not waited for.
+INVARIANT_SPLIT = 2048
 VARIANTS = (
     Variant("ours", "cached", num_splits=0),
     Variant("ours graph", "cached", num_splits=0, graph=True),
     Variant("ours in-call", num_splits=0),
+    Variant("ours invariant", "cached", seqlen_k_per_split=INVARIANT_SPLIT),
+    Variant("ours invariant graph", "cached", graph=True, seqlen_k_per_split=INVARIANT_SPLIT),
 )
 
 
@@ -65,6 +72,7 @@ SPECULATIVE = (
     decode("64x8192 of 8 tokens", [8192] * 64, tokens=8),
     decode("1x131072 of 8 tokens", [131072], tokens=8),
 )
+LARGE_BATCHES = (MANY, RAGGED, ONE_LONG, *SPECULATIVE[:2])
 SMALL_PAGES = (1, 16)
 # Preset, what it is, and the part of the measured read bandwidth that each of its cases has to reach.
 READ_BANDWIDTH = (
@@ -122,6 +130,14 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         pairs = [(time(Case(w, page_size)), time(Case(w, 64))) for w in (MANY, RAGGED)]
         return max(small / large for small, large in pairs) if all(None not in pair for pair in pairs) else None
 
+    def cost_of_invariance() -> float | None:
+        """Time over that of free splits, the worst of the large batches in pages of 64."""
+        pairs = []
+        for workload in LARGE_BATCHES:
+            row = rows.get(Case(workload, 64).name)
+            pairs.append((row and best_seconds(row, INVARIANT), row and best_seconds(row, PLANNED)))
+        return max(fixed / free for fixed, free in pairs) if all(all(pair) for pair in pairs) else None
+
     host = report.get("host_microseconds", {})
     return [
         *(
@@ -129,6 +145,11 @@ def must_show(report: dict[str, Any]) -> list[Target]:
             for preset, what, least in READ_BANDWIDTH
         ),
         *(Target(f"page {n}, time over page 64", small_pages(n), at_most=1.15) for n in SMALL_PAGES),
+        Target(
+            "cost of invariance: fixed splits over free ones, batches of 32 and more",
+            cost_of_invariance(),
+            at_most=1.15,
+        ),
         *(
             Target(f"host time of {name}", host.get(name), at_most=30.0, unit="us")
             for name in (OURS_VARLEN_PAGED, OURS_KVCACHE)

@@ -19,7 +19,8 @@ class Variant:
     """`flash_attn_varlen_func` with one set of options.
 
     planning: "off" goes without a plan, "auto" lets the call decide and plan, "on" plans before each call, "cached"
-    once for all calls, as the layers of a model share a plan. `graph` replays one captured call.
+    once for all calls, as the layers of a model share a plan. `graph` replays one captured call. seqlen_k_per_split:
+    absolute boundaries of splits, the batch-invariant way to split.
     """
 
     name: str
@@ -27,23 +28,36 @@ class Variant:
     num_splits: int = 1
     scheduler: str = "auto"
     graph: bool = False
+    seqlen_k_per_split: int | None = None
 
     def make(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Attention:
         from flash_attn_cute import flash_attn_varlen_func
 
-        arguments = inputs.varlen_arguments(workload) | dict(scheduler=self.scheduler, num_splits=self.num_splits)
+        arguments = inputs.varlen_arguments(workload) | dict(
+            scheduler=self.scheduler, num_splits=self.num_splits, seqlen_k_per_split=self.seqlen_k_per_split
+        )
         metadata = {"off": False, "auto": None}.get(self.planning)
         if self.planning == "cached":
-            metadata = plan(workload, inputs, self.num_splits)
+            metadata = self._plan(workload, inputs)
 
         def call() -> torch.Tensor:
-            current = plan(workload, inputs, self.num_splits) if self.planning == "on" else metadata
+            current = self._plan(workload, inputs) if self.planning == "on" else metadata
             return flash_attn_varlen_func(inputs.q, inputs.k, inputs.v, scheduler_metadata=current, **arguments)
 
         return captured(call) if self.graph else call
 
+    def _plan(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Any:
+        return plan(workload, inputs, self.num_splits, seqlen_k_per_split=self.seqlen_k_per_split)
 
-def plan(workload: Workload, inputs: AttentionInputs | PagedInputs, num_splits: int, *, packed_q: bool = True) -> Any:
+
+def plan(
+    workload: Workload,
+    inputs: AttentionInputs | PagedInputs,
+    num_splits: int,
+    *,
+    packed_q: bool = True,
+    seqlen_k_per_split: int | None = None,
+) -> Any:
     """The plan of a call over these inputs; `packed_q=False` for q as (batch, length, heads, dim)."""
     from flash_attn_cute import get_scheduler_metadata
 
@@ -60,6 +74,7 @@ def plan(workload: Workload, inputs: AttentionInputs | PagedInputs, num_splits: 
         total_q=workload.total_q if packed_q else None,
         causal=workload.causal,
         num_splits=num_splits,
+        seqlen_k_per_split=seqlen_k_per_split,
     )
 
 
