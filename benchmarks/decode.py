@@ -4,8 +4,8 @@
     python benchmarks/decode.py --preset few-long --only "page 64"
 
 One run on one GPU: ceilings first, then for each case our call with a plan made before ("ours"), the same call captured
-and replayed ("ours graph"), the call that plans itself ("ours in-call"), the batch-invariant call, whose splits have one
-size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
+and replayed ("ours graph"), the call that plans itself ("ours in-call"), the batch-invariant call, whose splits have
+one size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
 Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
 Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
 made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
