@@ -11,6 +11,7 @@ import torch
 
 from flash_attn_cute import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, store_kv_cache, supports
 from flash_attn_cute.batch_invariant.backend import why_not
+from flash_attn_cute.batch_invariant.triton_attention import attend_with_gradients, forward
 from flash_attn_cute.problem import Problem
 from flash_attn_cute.reference import attention_plain, attention_reference
 from tests.attention_cases import (
@@ -118,17 +119,22 @@ def test_nothing_around_the_output_is_written(layout_q):
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window_size": (33, None)}], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (7, 1), (8, 1)], ids=str)
 def test_decode_is_the_last_row_of_prefill(heads, options):
-    """Each row of a prefill against a decode over the keys up to it, packed and in pages."""
-    length = 70
-    tensors = tensors_of([length], [length], heads=heads[0], kv_heads=heads[1])
+    """Each row of a prefill against a decode over the keys up to it, packed and in pages.
+
+    13 keys come before the prefill, so that its tiles end inside blocks of keys, and some rows of a tile see nothing of
+    its last block.
+    """
+    length, before = 70, 13
+    tensors = tensors_of([length], [before + length], heads=heads[0], kv_heads=heads[1])
     prefill, prefill_lse = attention(tensors, **options, **TRITON)
-    for row in (0, 1, 31, 32, 33, 63, 64, 69):
+    for row in (0, 1, 18, 19, 20, 31, 32, 50, 51, 69):
+        keys = before + row + 1
         decode = tensors._replace(
             q=tensors.q[row : row + 1],
-            k=tensors.k[: row + 1],
-            v=tensors.v[: row + 1],
+            k=tensors.k[:keys],
+            v=tensors.v[:keys],
             cu_seqlens_q=cu_seqlens([1], DEVICE),
-            cu_seqlens_k=cu_seqlens([row + 1], DEVICE),
+            cu_seqlens_k=cu_seqlens([keys], DEVICE),
         )
         for call in (decode, in_pages(decode, 16)):
             out, lse = attention(call, **options, **TRITON)
@@ -246,6 +252,25 @@ def test_gradients_where_little_is_seen(lengths):
 
 def test_gradients_of_batched_tensors():
     check_gradients(tensors_of([33, 33], [40, 40], layout_q="batched", layout_k="batched"), causal=True)
+
+
+def test_backward_of_another_forward():
+    """What backend="cute+triton" does: any forward whose LSE is a natural logarithm. Here it is the reference's."""
+    tensors = tensors_of(sink_dtype=FP32)
+    options = {"causal": True, "softcap": 3.0}
+    problem = problem_of(tensors, return_lse=True, **options)
+    weight = torch.ones(problem.out_shape, device=DEVICE)
+
+    def through(forward):
+        def run(tensors, **options):
+            return attend_with_gradients(tensors, problem, forward)
+
+        return gradients(tensors, options, run, weight, None)
+
+    for name, got, expected in zip(
+        ("q", "k", "v", "sink"), through(attention_reference), through(forward), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3, msg=name)  # forwards differ by fp16's rounding
 
 
 def test_unused_rows_have_no_gradients():

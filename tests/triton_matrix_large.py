@@ -44,16 +44,19 @@ def test_gradients_of_a_cute_forward(dims):
 @pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "window_size": (200, None)}], ids=str)
 def test_large_decode_is_prefill(dims, heads, options):
     """A row of a prefill meets a block masked where a decode meets it whole, and the other way round."""
-    length = 300
-    tensors = large([length], [length], heads=heads[0], kv_heads=heads[1], head_dim=dims[0], head_dim_v=dims[1])
+    length, before = 300, 45
+    tensors = large(
+        [length], [before + length], heads=heads[0], kv_heads=heads[1], head_dim=dims[0], head_dim_v=dims[1]
+    )
     prefill, prefill_lse = attention(tensors, **options, **TRITON)
     for row in range(0, length, 13):
+        keys = before + row + 1
         decode = tensors._replace(
             q=tensors.q[row : row + 1],
-            k=tensors.k[: row + 1],
-            v=tensors.v[: row + 1],
+            k=tensors.k[:keys],
+            v=tensors.v[:keys],
             cu_seqlens_q=cu_seqlens([1], DEVICE),
-            cu_seqlens_k=cu_seqlens([row + 1], DEVICE),
+            cu_seqlens_k=cu_seqlens([keys], DEVICE),
         )
         for call in (decode, in_pages(decode, 16), in_pages(decode, 64)):
             out, lse = attention(call, **options, **TRITON)

@@ -134,6 +134,11 @@ def test_torch_compile_refuses_gradients():
 def test_supports_knows_that_kernels_have_no_backward():
     q = TENSORS.q.clone().requires_grad_()
     assert "no backward" in supports(q, *CALL[1:], device=(9, 0)).reason
+    assert supports(q, *CALL[1:], device=(9, 0), backend="cute+triton")
+    assert supports(q, *CALL[1:], device=(8, 0))
+    pages = (*(torch.empty(8, 16, 2, 16, dtype=torch.bfloat16) for _ in range(2)), CALL[3])
+    table = torch.zeros(3, 2, dtype=torch.int32)
+    assert "over paged keys" in supports(q, *pages, page_table=table, device=(8, 0)).reason
     with torch.no_grad():
         assert supports(q, *CALL[1:], device=(9, 0))
     with pytest.raises(TypeError, match="supports: got an argument twice"):
