@@ -33,10 +33,11 @@ def test_large_gradients(dims, heads):
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
-def test_gradients_of_a_cute_forward(dims):
+@pytest.mark.parametrize("splits", [{}, {"seqlen_k_per_split": 256}], ids=str)
+def test_gradients_of_a_cute_forward(dims, splits):
     """Hopper: the forward is the CuTe kernel's, and its LSE is what the backward reads."""
     tensors = large(head_dim=dims[0], head_dim_v=dims[1])
-    check_gradients(tensors, run={"backend": "cute+triton"}, causal=True)
+    check_gradients(tensors, run={"backend": "cute+triton"} | splits, causal=True)
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -72,9 +73,14 @@ def test_pages_of_large_batches(page_size, dims):
 
 
 @pytest.mark.parametrize("queries", [1, 40])
-def test_a_neighbour_of_any_length(queries):
+@pytest.mark.parametrize(
+    "options",
+    [{"backend": "triton"}, {"backend": "cute"}, {"backend": "cute", "seqlen_k_per_split": 128}],
+    ids=str,
+)
+def test_a_neighbour_of_any_length(queries, options):
     victim = large([queries], [333])
-    expected = attention(victim, causal=True, **TRITON)
+    expected = attention(victim, causal=True, **options)
     for length in range(1, 301):
         neighbour = large([length], [length], seed=length)
         for first in (True, False):
@@ -84,7 +90,7 @@ def test_a_neighbour_of_any_length(queries):
                 cu_seqlens_q=cu_seqlens([len(t.q) for t in order], DEVICE),
                 cu_seqlens_k=cu_seqlens([len(t.k) for t in order], DEVICE),
             )
-            out, lse = attention(both, causal=True, **TRITON)
+            out, lse = attention(both, causal=True, **options)
             rows = slice(0, queries) if first else slice(length, None)
             same((out[rows], lse[:, rows]), expected)
 

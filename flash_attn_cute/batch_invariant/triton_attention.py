@@ -43,6 +43,19 @@ def unsupported_on(capability: tuple[int, int] | str) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernels do not take the problem, or None."""
+    if problem.seqlen_k_per_split is not None:
+        return "seqlen_k_per_split"
+    if problem.scheduler != "auto":
+        return f"scheduler={problem.scheduler!r}"
+    return _unsupported_either_way(problem)
+
+
+def unsupported_backward(problem: Problem) -> str | None:
+    """Why there are no gradients, or None. Splits and schedulers are another forward's own business."""
+    return "gradients over paged keys" if problem.is_paged else _unsupported_either_way(problem)
+
+
+def _unsupported_either_way(problem: Problem) -> str | None:
     if problem.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {problem.dtype}"
     for given, name in (
@@ -52,19 +65,10 @@ def unsupported(problem: Problem) -> str | None:
         (problem.key_bias_heads is not None, "key_bias"),
         (problem.query_mask_heads is not None, "attn_mask of each query"),
         (problem.query_bias_heads is not None, "attn_bias of each query"),
-        (problem.query_mask_heads is not None, "attn_mask of each query"),
-        (problem.query_bias_heads is not None, "attn_bias of each query"),
-        (problem.seqlen_k_per_split is not None, "seqlen_k_per_split"),
-        (problem.scheduler != "auto", f"scheduler={problem.scheduler!r}"),
     ):
         if given:
             return name
     return None
-
-
-def unsupported_backward(problem: Problem) -> str | None:
-    """Why there are no gradients of a problem that the forward takes, or None."""
-    return "gradients over paged keys" if problem.is_paged else unsupported(problem)
 
 
 @dataclass(frozen=True)
