@@ -116,7 +116,7 @@ def on_device(tensors: KvCacheTensors, device: torch.device | str) -> KvCacheTen
 
 
 def _strided_copy(x: Tensor, device: torch.device | str) -> Tensor:
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone().to(device)
+    storage = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage()).clone().to(device)
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
