@@ -226,6 +226,11 @@ def plan(
     key = KernelKey.of(p, target.architecture, tiling, dynamic=p.scheduler == "dynamic", page_span=page_span)
     if parameters is not None:
         slots = parameters.slots_bound(num_tiles)
+        # A batch that large is never split: it needs neither that kernel nor a second launch. (Were a bound on lengths
+        # that was given wrong, the parts of a split would each compute and write the same rows.)
+        least_tiles = -(-p.total_q // tokens) * heads if p.q_packed else num_tiles
+        if parameters.never_splits(least_tiles, p.seqlen_k_bound):
+            slots = 0
         key = key._replace(planned=True, splits=slots > 0)
         num_tiles += slots
     if p.scheduler == "auto":

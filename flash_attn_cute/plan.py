@@ -76,6 +76,18 @@ class PlanParameters:
             return tiles_bound * self.max_splits
         return min(2 * GRANULARITIES[-1] * self.num_sms, tiles_bound * self.max_splits)
 
+    def never_splits(self, least_tiles: int, most_keys: int) -> bool:
+        """Whether no batch of at least `least_tiles` query tiles (all heads together), none of whose sequences has more
+        than `most_keys` keys, is split as the batch asks for.
+
+        A tile is split where its duration exceeds a target, which is never below the work of the batch divided by the
+        SMs and the finest granularity; and the work is at least the overhead of every tile.
+        """
+        if self.tiles_per_split > 0:
+            return self.max_splits == 1
+        least_target = least_tiles * TILE_OVERHEAD // (self.num_sms * GRANULARITIES[-1])
+        return -(-most_keys // self.tile_n) + TILE_OVERHEAD <= least_target
+
 
 class PlannedSequence(NamedTuple):
     """Of a sequence, by virtual index."""

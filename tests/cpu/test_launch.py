@@ -12,6 +12,7 @@ import torch
 
 from flash_attn_cute import launch, tuning
 from flash_attn_cute.problem import AttentionTensors, Problem
+from flash_attn_cute.scheduler_metadata import batch_shape
 
 BF16 = torch.bfloat16
 HOPPER = launch.Target("sm_90a", 132)
@@ -282,3 +283,15 @@ def test_compiles_without_spills(architecture, name, tmp_path):
     (cubin,) = tmp_path.glob("*.cubin")
     frames = stack_bytes(cubin.read_bytes())
     assert frames and not any(frames)
+
+
+def test_a_batch_that_cannot_be_split_takes_no_kernel_that_splits():
+    def key(lengths, max_seqlen_k):
+        problem = packed_problem(lengths, heads=32, kv_heads=8, num_splits=0, max_seqlen_k=max_seqlen_k)
+        planning = batch_shape(problem, HOPPER, None)
+        return launch.plan(problem, HOPPER, planning.parameters).key
+
+    prefill = key([2048] * 32, 2048)
+    assert prefill.planned and not prefill.splits
+    assert key([2048] * 32, 1 << 20).splits
+    assert key([1] * 64, 8192).splits

@@ -89,6 +89,22 @@ def test_splits_stay_within_what_was_allocated(batch, cap):
         assert s.num_splits == (1 if cap == 1 else max(min(-(-batch[s.batch].len_k // 512), cap), 1))
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(batch=batches, heads=st.sampled_from([8, 32]), num_sms=st.sampled_from([1, 2, 5]), more=st.integers(0, 200))
+def test_what_never_splits_is_never_split(batch, heads, num_sms, more):
+    p = parameters(heads=heads, num_sms=num_sms)
+    batch = batch + [sequence(300, 300)] * more
+    total_q, most_keys = sum(s.rows_q for s in batch), max((s.len_k for s in batch), default=0)
+    if p.never_splits(-(-total_q // p.tokens_per_tile) * heads, most_keys):
+        assert all(s.num_splits == 1 for s in plan_sequences(batch, [70, 0], p).sequences)
+
+
+def test_prefills_are_known_to_stay_whole_and_decodes_are_not():
+    assert parameters().never_splits(8 * 32 * 2048 // 32, 2048)
+    assert not parameters().never_splits(8 * 64, 8192)
+    assert not parameters(tiles_per_split=4).never_splits(8 * 32 * 2048 // 32, 2048)
+
+
 def test_absolute_boundaries_do_not_depend_on_the_batch():
     p = parameters(tiles_per_split=4)
     alone = plan_sequences([sequence(1, 5000)], [], p).sequences[0].num_splits
