@@ -108,6 +108,8 @@ class ForwardScalars(NamedTuple):
     section_tiles: Int32
     short_from: Int32  # the tile number from which on all tiles are short; see TileScheduler
     tiles_per_split: Int32  # read where the kernel was compiled with splits
+    combine_x: Int32  # the grid of the combine launch, where the kernel was compiled with splits
+    combine_y: Int32
     by_page_size: Divisor  # read where keys are paged
     bias_factor: Float32  # read where there is a key-side bias: 1 over the scale of scores, or over their soft cap
 

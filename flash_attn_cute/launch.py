@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
-from flash_attn_cute.launch_combine import ARCHITECTURES, PlannedCombine
+from flash_attn_cute.launch_combine import ARCHITECTURES, SplitSizes
 from flash_attn_cute.plan import PlanParameters
 from flash_attn_cute.problem import INT32_MAX, AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import (
@@ -131,6 +131,7 @@ class KernelKey(NamedTuple):
     dynamic: bool
     planned: bool = False
     splits: bool = False
+    combine_warps: int = 0  # of the combine kernel, to a row; 0 without splits
     clc: bool = False
     page_span: int | None = None  # rows of a span of paged keys (device.paged_kv); 0: rows are gathered
     leftpad_k: bool = False
@@ -262,8 +263,10 @@ def compile_kernel(key: KernelKey) -> Any:
     import cutlass.cute as cute
     from cutlass import Float32, Int32
 
+    from flash_attn_cute.combine import CombinePlanned, PlannedCombineSpec
     from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.device.key_bias import KeySideSpec
+    from flash_attn_cute.forward_and_combine import ForwardAndCombine
     from flash_attn_cute.forward_sm90 import ForwardSm90
     from flash_attn_cute.forward_sm100 import ForwardSm100
     from flash_attn_cute.forward_spec import ForwardScalars, ForwardSpec, ForwardTensors
@@ -342,9 +345,12 @@ def compile_kernel(key: KernelKey) -> Any:
     numbers = (Int32(0) for _ in ForwardScalars._fields[2:-2])
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)), Float32(1.0))
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    kernel = ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100
+    kernel = (ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100)(spec)
+    if key.splits:
+        combine = PlannedCombineSpec(key.head_dim_v, key.combine_warps, spec.qheads_per_tile, spec.rows_per_token)
+        kernel = ForwardAndCombine(kernel, CombinePlanned(combine))
     options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
-    return cute.compile(kernel(spec), tensors, scalars, stream, options=options)
+    return cute.compile(kernel, tensors, scalars, stream, options=options)
 
 
 SEMAPHORES_A_BLOCK = 512
@@ -413,7 +419,7 @@ class PreparedLaunch(NamedTuple):
     lse_shape: tuple[int, ...] | None
     strides_suit: tuple[bool, bool, bool]  # of q, k and v, for TMA
     planning: BatchShape | None
-    combine: PlannedCombine | None  # where the plan may split
+    split: SplitSizes | None  # where the plan may split
 
     @classmethod
     def of(
@@ -436,6 +442,10 @@ class PreparedLaunch(NamedTuple):
                 strides_suit[0],
                 *(not any(s % (TMA_ALIGNMENT // 2) for s in x.stride()[:-1]) for x in (t.k, t.v)),
             )
+        key, split = planned.key, None
+        if key.splits:
+            split = SplitSizes.of(planning, key.tile.tile_m, p.head_dim_v, t.q.device)
+            key = key._replace(combine_warps=split.warps_per_row)
         scalars = (
             p.softmax_scale,
             p.softcap,
@@ -448,23 +458,13 @@ class PreparedLaunch(NamedTuple):
             planned.section_tiles,
             planned.short_from,
             planning.parameters.tiles_per_split if planning else 0,
+            *(split.grid if split else (0, 0)),
             divisor_fields(p.page_size or 1),
             1.0 / (p.softcap or p.softmax_scale),
         )
-        function = combine = None
+        function = None
         if 0 not in p.out_shape:
-            function = cache.get(planned.key, functools.partial(compile_kernel, planned.key))
-        if function is not None and planned.key.splits:
-            combine = PlannedCombine.prepare(
-                planning,
-                planned.key.tile.tile_m,
-                p.out_shape,
-                p.dtype,
-                t.q.device,
-                seqused=p.has_seqused_q,
-                sink_dtype=p.sink_dtype,
-                has_lse=p.return_lse,
-            )
+            function = cache.get(key, functools.partial(compile_kernel, key))
         return cls(
             function,
             scalars,
@@ -474,7 +474,7 @@ class PreparedLaunch(NamedTuple):
             p.lse_shape if p.return_lse else None,
             strides_suit,
             planning,
-            combine,
+            split,
         )
 
     def run(
@@ -507,12 +507,10 @@ class PreparedLaunch(NamedTuple):
             semaphore = None
         elif semaphore is None:
             semaphore = _semaphore(device)
-        workspace = (None, None) if self.combine is None else self.combine.workspace(metadata)
+        workspace = (None, None) if self.split is None else self.split.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, *_key_side(tensors))
         self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_keys), self.scalars)
-        if self.combine is not None:
-            self.combine.run(metadata, workspace, target, lse, cu_seqlens_q, seqused_q, sink)
         if target is not out:
             out.copy_(target)
         return out, lse

@@ -323,22 +323,6 @@ def run(call: CombineCall, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor
     return out, lse
 
 
-class PlannedCombineKey(NamedTuple):
-    """Everything that changes the generated code."""
-
-    architecture: str
-    kernel: str
-    out_dtype: str
-    head_dim_v: int
-    packed: bool
-    seqused: bool
-    sink: str | None
-    lse: bool
-    warps_per_row: int
-    qheads_per_tile: int
-    rows_per_token: int
-
-
 class Workspace(NamedTuple):
     """Where the work tiles of split sequences leave their partial results, by slot (plan.PlannedTile.slot)."""
 
@@ -351,53 +335,28 @@ class Workspace(NamedTuple):
         return cls(out, torch.empty(slots, tile_rows, dtype=torch.float32, device=device))
 
 
-class PlannedCombine(NamedTuple):
-    """What merges the split sequences of plans of one shape: compiled, with the sizes of workspace and launch."""
+class SplitSizes(NamedTuple):
+    """What plans of one shape may split: the sizes of the workspace, and of the launch that merges its parts."""
 
-    function: Any
-    grid: tuple[int, int]
     slots: int
     tile_rows: int
     head_dim_v: int
+    warps_per_row: int
+    grid: tuple[int, int]
 
     @classmethod
-    def prepare(
-        cls,
-        shape: BatchShape,
-        tile_rows: int,
-        out_shape: tuple[int, ...],
-        out_dtype: torch.dtype,
-        device: torch.device,
-        *,
-        seqused: bool,
-        sink_dtype: torch.dtype | None,
-        has_lse: bool,
-    ) -> PlannedCombine:
-        """out_shape: (total_q, H, Dv) or (B, Sq, H, Dv). Compiles the kernel if that has not been done."""
+    def of(cls, shape: BatchShape, tile_rows: int, head_dim_v: int, device: torch.device) -> SplitSizes:
         p, slots = shape.parameters, shape.slots_bound
         # A head of the plan is split over its slots alone, so this many splits are the most that a row can have.
         most_splits = min(p.max_splits, slots // p.heads)
-        key = PlannedCombineKey(
-            architecture_of(device),
-            "combine_planned",
-            _OUT_DTYPES[out_dtype],
-            out_shape[-1],
-            shape.packed_q,
-            seqused,
-            _OUT_DTYPES.get(sink_dtype),
-            has_lse,
-            1 if most_splits <= SPLITS_FOR_ONE_WARP else 4,
-            out_shape[-2] // p.heads,
-            tile_rows // p.tokens_per_tile,
-        )
-        function = cache.get(key, functools.partial(compile_planned_kernel, key))
+        warps_per_row = 1 if most_splits <= SPLITS_FOR_ONE_WARP else 4
         # A split query tile has two slots at least.
         num_sms = _num_sms(device.index)
         grid_x = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
         # Of few tiles, the rows go to as many CTAs as there is room for.
-        groups = -(-tile_rows // (4 // key.warps_per_row))
+        groups = -(-tile_rows // (4 // warps_per_row))
         grid_y = min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x)
-        return cls(function, (grid_x, grid_y), slots, tile_rows, out_shape[-1])
+        return cls(slots, tile_rows, head_dim_v, warps_per_row, (grid_x, grid_y))
 
     def workspace(self, metadata: SchedulerMetadata) -> Workspace:
         """As large as any plan of the shape can ask for: that of the plan, or a new one."""
@@ -405,62 +364,6 @@ class PlannedCombine(NamedTuple):
         if given is not None and given.out.shape == (self.slots, self.tile_rows, self.head_dim_v):
             return given
         return Workspace.allocate(self.slots, self.tile_rows, self.head_dim_v, metadata.device)
-
-    def run(
-        self,
-        metadata: SchedulerMetadata,
-        workspace: Workspace,
-        out: Tensor,
-        lse: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        seqused_q: Tensor | None,
-        learnable_sink: Tensor | None,
-    ) -> None:
-        """Merges the partial results of the split sequences of a plan into out and lse; nothing else is touched.
-
-        On the current stream of a CUDA device, behind the forward launch that filled the workspace. out: (total_q, H,
-        Dv) or (B, Sq, H, Dv) with rows at multiples of four elements; lse: (H, total_q) or (B, H, Sq) float32 or None.
-        """
-        tensors = (*workspace, out, lse, cu_seqlens_q, seqused_q, learnable_sink, metadata.work)
-        self.function(tensors, *self.grid)
-
-
-def compile_planned_kernel(key: PlannedCombineKey) -> Any:
-    """Compiles one kernel for tensors of any size, for the architecture of the key. Needs no GPU."""
-    import cutlass
-    import cutlass.cute as cute
-    from cutlass import Float32, Int32
-
-    from flash_attn_cute.combine import CombinePlanned, PlannedCombineSpec, PlannedCombineTensors
-    from flash_attn_cute.tile_scheduler import PlannedWork
-
-    types = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16, "fp32": Float32}
-    rows = (None,) * (1 if key.packed else 2)
-    tensors = PlannedCombineTensors(
-        partial=fake_tensor(Float32, None, None, key.head_dim_v, vectors=True),
-        lse_partial=fake_tensor(Float32, None, None),
-        out=fake_tensor(types[key.out_dtype], *rows, None, key.head_dim_v, vectors=True),
-        lse=fake_tensor(Float32, *rows, None) if key.lse else None,
-        cu_seqlens_q=fake_tensor(Int32, None) if key.packed else None,
-        seqused_q=fake_tensor(Int32, None) if key.seqused else None,
-        sink=fake_tensor(types[key.sink], None) if key.sink else None,
-        work=PlannedWork(
-            fake_tensor(Int32, None, 4, vectors=True),
-            fake_tensor(Int32, None),
-            fake_tensor(Int32, None),
-            fake_tensor(Int32, 4),
-        ),
-    )
-    spec = PlannedCombineSpec(key.head_dim_v, key.warps_per_row, key.qheads_per_tile, key.rows_per_token)
-    stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
-    return cute.compile(
-        CombinePlanned(spec),
-        tensors,
-        Int32(1),
-        Int32(1),
-        stream,
-        options=f"--enable-tvm-ffi --gpu-arch {key.architecture}",
-    )
 
 
 def _run_emulated(call: CombineCall, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor, Tensor | None]:

@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flash_attn_cute.launch_combine import PlannedCombine
 from flash_attn_cute.plan import PlanParameters, plan_sequences, work_tiles
 from flash_attn_cute.problem import INT32_MAX
 from flash_attn_cute.reference import combine_reference
 from flash_attn_cute.scheduler_metadata import UNBOUNDED, Extents, LengthTensors, plan_batch, sequences_of
+from tests.emulated.planned_combine import PlannedCombine
 
 # Thousands take minutes: FLASH_ATTN_CUTE_PLAN_EXAMPLES=5000 pytest --emulate sm_90a tests/emulated/test_plan_sm90.py
 EXAMPLES = int(os.environ.get("FLASH_ATTN_CUTE_PLAN_EXAMPLES", "120"))
@@ -224,13 +224,6 @@ def test_every_tile_is_handed_out_once_without_a_plan(emulation, longest_first, 
     emulation.reschedule("in-order")
 
 
-def prepared_combine(metadata, tile_rows, out_shape, has_lse=True, **options) -> PlannedCombine:
-    device = metadata.entries.device
-    return PlannedCombine.prepare(
-        metadata.shape, tile_rows, out_shape, torch.bfloat16, device, has_lse=has_lse, **options
-    )
-
-
 @pytest.mark.parametrize("packed_heads", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, packed_heads):
@@ -248,10 +241,9 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
     if not is_packed:
         lengths, extents = LengthTensors(None, None, vector(used), vector(lengths_k)), Extents(5, 20, 90000)
     metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
-    combine = prepared_combine(
-        metadata, tokens * rows_per_token, (5, 20, heads * group, dim), seqused=True, sink_dtype=torch.float32
-    )
-    workspace = combine.workspace(metadata)
+    out_shape = (5, 20, heads * group, dim)
+    combine = PlannedCombine.of(metadata, tokens * rows_per_token, out_shape, seqused=True, full=True)
+    workspace = combine.sizes.workspace(metadata)
     generator = torch.Generator().manual_seed(1)
     # Slots and rows that belong to nobody hold NaN.
     workspace.out.fill_(float("nan"))
@@ -300,6 +292,6 @@ def test_nothing_is_merged_where_nothing_is_split(emulation):
     metadata = plan_batch(lengths, extents, parameters(), "cute", torch.device("cuda"))
     assert metadata.summary[0] == 0
     out = torch.full((300, 1, 8, 64), -7.0, dtype=torch.bfloat16, device="cuda")
-    combine = prepared_combine(metadata, 32, out.shape, seqused=False, sink_dtype=None, has_lse=False)
-    combine.run(metadata, combine.workspace(metadata), out, None, None, None, None)
+    combine = PlannedCombine.of(metadata, 32, out.shape, seqused=False, full=False)
+    combine.run(metadata, combine.sizes.workspace(metadata), out, None, None, None, None)
     assert (out == -7.0).all()
