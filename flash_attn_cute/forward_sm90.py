@@ -110,6 +110,7 @@ class Rings:
     k: MbarrierRing
     v: MbarrierRing
     bias: MbarrierRing | None
+    values: MbarrierRing | None  # full: hidden values have been cleared; nobody releases
     tiles: TileMailbox
 
 
@@ -231,6 +232,7 @@ class ForwardSm90:
                 rings.v.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
                 if const_expr(spec.key_side is not None):
                     rings.bias.init(full_arrivals=self.bias_warps, empty_arrivals=self.consumer_warps)
+                    rings.values.init(full_arrivals=self.bias_warps, empty_arrivals=1)
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -279,6 +281,7 @@ class ForwardSm90:
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             None if self.spec.key_side is None else MbarrierRing(barriers(BIAS_STAGES), BIAS_STAGES),
+            None if self.spec.key_side is None else MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers),
         )
 
@@ -316,7 +319,9 @@ class ForwardSm90:
                 q_position = q_position.next()
                 if const_expr(spec.gathers and spec.key_side is not None):
                     stager = self._stager(stages, rings, tensors, scalars, Int32(0))
-                    bias_position = self._stage_tile(stager, bias_position, work, seqlens, window, tensors, scalars)
+                    bias_position = self._stage_tile(
+                        stager, bias_position, stages, rings, work, seqlens, window, tensors, scalars
+                    )
             if const_expr(spec.gathers == (gatherer is not None)):
                 keys, values = [
                     self._key_loader(operand, smem, ring, work, seqlens, tensors, scalars, gatherer)
@@ -352,7 +357,7 @@ class ForwardSm90:
         stager = self._stager(stages, rings, tensors, scalars, warp)
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
-            position = self._stage_tile(stager, position, work, seqlens, window, tensors, scalars)
+            position = self._stage_tile(stager, position, stages, rings, work, seqlens, window, tensors, scalars)
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
 
@@ -365,6 +370,8 @@ class ForwardSm90:
         self,
         stager: KeyBiasStager,
         position: RingPosition,
+        stages: Stages,
+        rings: Rings,
         work: WorkTile,
         seqlens: Seqlens,
         window: Window,
@@ -373,10 +380,13 @@ class ForwardSm90:
     ):
         kv = kv_range(self.spec, work, seqlens, window)
         place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        for i in cutlass.range(kv.num_tiles(), unroll=1):
-            stager.stage(position, kv.end - 1 - i, place)
+        stager.stage(position, kv.end - 1, place)
+        for i in cutlass.range(1, kv.num_tiles(), unroll=1):
+            stager.stage(position.next(), kv.end - 1 - i, place)
+            stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
             position = position.next()
-        return position
+        stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
+        return position.next()
 
     def _key_loader(
         self,
@@ -624,7 +634,8 @@ class ForwardSm90:
 
     @cute.jit
     def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition, fence: cutlass.Constexpr):
-        self._wait_keys(rings.v, position)
+        # Hidden values are cleared behind their loading.
+        self._wait_keys(rings.v if const_expr(self.spec.key_side is None) else rings.values, position)
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit

@@ -107,6 +107,36 @@ class KeyBiasStager:
         self.ring.fill(position)
 
     @cute.jit
+    def clear_hidden_values(
+        self, position: RingPosition, values: cute.Tensor, loaded: MbarrierRing, cleared: MbarrierRing
+    ):
+        """Zeroes the values of keys that no head of the tile sees, when they have been loaded: their probability is 0,
+        and times NaN that is NaN. values: (tile_n, Dv, stages) of shared memory; position: of the KV tile, in any ring.
+
+        Behind `stage` of the KV tile that follows, as V is loaded behind the K that follows. Each of the warps arrives
+        once on a barrier of `cleared`, for which consumers wait instead of `loaded`.
+        """
+        tile_n, vectors = cute.size(self.staged, mode=[0]), cute.size(self.staged, mode=[1])
+        staged = self.staged[None, None, self.ring.stage(position)]
+        rows = values[None, None, loaded.stage(position)]
+        zeros = cute.make_rmem_tensor(8, values.element_type)
+        zeros.fill(0.0)
+        loaded.wait_full(position)
+        for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
+            in_tile = first + self.warp * WARP + cute.arch.lane_idx()
+            is_hidden = in_tile < tile_n
+            if is_hidden:
+                for vector in cutlass.range_constexpr(vectors):
+                    is_hidden = is_hidden and staged[in_tile, vector] == -Float32.inf
+            if is_hidden:
+                chunks = cute.logical_divide(rows[in_tile, None], cute.make_layout(8))
+                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=1):
+                    cute.autovec_copy(zeros, chunks[None, i])
+        # The tensor cores read them through the async proxy.
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cleared.fill(position)
+
+    @cute.jit
     def _value(self, place: Place, key: Int32, vector: cutlass.Constexpr) -> Float32:
         value = Float32(0.0)
         if const_expr(self.spec.bias is not None):

@@ -86,12 +86,13 @@ def test_rows_without_a_key_left_and_what_hides_one(emulation):
         for hidden in (-float("inf"), torch.finfo(dtype).min):
             bias = torch.zeros(rows, 1, dtype=dtype, device=CUDA).masked_fill(~mask, hidden)
             assert_same(attention(tensors._replace(key_bias=bias)), (out, lse))
-    # A key that is hidden may hold NaN, and so may its bias.
-    k = tensors.k.clone()
-    k[100:110] = float("nan")
-    bias = torch.zeros(rows, 1, device=CUDA)
-    bias[100:110] = float("nan")
-    assert_same(attention(tensors._replace(k=k, key_mask=mask, key_bias=bias)), (out, lse))
+    # A key that is hidden may hold NaN, and so may its value and its bias.
+    k, v, bias = tensors.k.clone(), tensors.v.clone(), torch.zeros(rows, 1, device=CUDA)
+    for x in (k, v, bias):
+        x[100:110] = float("nan")
+    with_nan = tensors._replace(k=k, v=v, key_mask=mask, key_bias=bias)
+    for options in ({}, {"causal": True, "max_seqlen_q": 5}):
+        assert_same(attention(with_nan, **options), attention(tensors._replace(key_mask=mask), **options))
 
 
 def test_pages_and_splits_change_no_bit(emulation):
