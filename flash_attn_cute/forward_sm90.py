@@ -529,7 +529,7 @@ class ForwardSm90:
             self._give_turn(me.warpgroup)
             rings.k.release(following)
             self._pass_bias(rings, following)
-            rings.v.wait_full(position)
+            (rings.v if const_expr(self.spec.key_side is None) else rings.values).wait_full(position)
             rings.v.release(position)
             position = following
         return position

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
@@ -141,6 +142,7 @@ def page_table(
         tensors.page_table[batch, None],
         cute.size(tensors.k, mode=[1]),
         scalars.by_page_size,
+        cute.size(tensors.k, mode=[0]),
         seqlens.len_k,
         seqlens.offset_k if const_expr(tensors.leftpad_k is not None) else None,
         spec.page_span,
@@ -149,8 +151,11 @@ def page_table(
 
 @cute.jit
 def cache_row(tensors: ForwardTensors, batch: Int32) -> Int32:
-    """The row of batched k and v that a sequence has."""
-    return tensors.cache_batch_idx[batch] if const_expr(tensors.cache_batch_idx is not None) else batch
+    """The row of batched k and v that a sequence has; a wrong one still lies in the cache."""
+    row = batch
+    if const_expr(tensors.cache_batch_idx is not None):
+        row = cutlass.max(cutlass.min(tensors.cache_batch_idx[batch], cute.size(tensors.k, mode=[0]) - 1), 0)
+    return row
 
 
 def key_side_place(

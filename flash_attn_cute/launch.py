@@ -435,6 +435,12 @@ class PreparedLaunch(NamedTuple):
             raise ValueError(f"scheduler_metadata: got a plan on {metadata.device}; takes one on {t.q.device}")
         planning = batch_shape(p, target, metadata)
         strides_suit = tuple(map(_strides_suit_tma, (t.q, t.k, t.v)))
+        if planning is not None:
+            # A plan that was made with another bound on queries has another tile than `unsupported` saw.
+            tiling = _query_tiling(p, target.architecture, planning.parameters)
+            reason = _key_side_unsupported(p, target.architecture, tiling)
+            if reason is not None:
+                raise NotImplementedError(f"{target.architecture} kernel: {reason}")
         planned = plan(p, target, planning and planning.parameters, tma_reaches_keys=all(strides_suit[1:]))
         if planned.key.page_span == 0:
             # Copies of 16 bytes take any strides that are multiples of it. A cache is not to be copied.

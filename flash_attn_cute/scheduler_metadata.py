@@ -54,6 +54,8 @@ class Extents(NamedTuple):
 class SchedulerMetadata:
     """A plan, on the device. It may be used by any number of calls of the same lengths, one after another.
 
+    A captured graph reads it, and its workspace, at every replay: keep it for as long.
+
     Fields by virtual index have an entry a sequence, in the order in which they are worked on, and two more where q is
     packed: the padding before the first sequence and behind the last, which is worked on last.
     """

@@ -54,6 +54,7 @@ class PageTable:
     entries: cute.Tensor  # (W,) int32
     page_size: Int32
     by_page_size: Divisor
+    num_pages: Int32
     len_k: Int32
     leftpad: Int32 | None  # rows before the first key; None: there is no such thing
     span: int  # rows; of no meaning where rows are gathered
@@ -63,11 +64,16 @@ class PageTable:
 
     @cute.jit
     def entry(self, row: Int32) -> Int32:
-        """The page that holds a row, or page 0 for a page without keys."""
+        """The page that holds a row, or page 0 for a page without keys.
+
+        And for one that the cache does not have: a table that is wrong reads wrong keys, and nothing but the cache.
+        """
         number = self.by_page_size.floor(self.position(row))
         page = Int32(0)
         if number * self.page_size < self.position(self.len_k) and number < cute.size(self.entries):
             page = self.entries[number]
+            if page < 0 or page >= self.num_pages:
+                page = Int32(0)
         return page
 
 
