@@ -40,7 +40,7 @@ class Sm90Tile(NamedTuple):
         None where every thread can have 255. producer_computes: whether it has to, an address a row or a bias a key.
         """
         if producer_computes:
-            return {1: None, 2: (40, 232), 3: (56, 152)}[self.consumers]
+            return {1: None, 2: (40, 232), 3: (32, 160)}[self.consumers]
         return {1: None, 2: (24, 240), 3: (32, 160)}[self.consumers]
 
     @property
