@@ -55,6 +55,8 @@ from flash_attn_cute.tile_scheduler import (
 WARP, WARPGROUP = 32, 128
 # Warps of a warpgroup, one arrival each: all of softmax, or all of correction.
 WARPS = 4
+# Steps of gathering at once, for which the loading warp has registers; with all 8 at d128 it spilled.
+GATHER_UNROLL = 4
 
 
 class Operand(NamedTuple):
@@ -434,7 +436,7 @@ class ForwardSm100:
             )
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
-            return RowGatherer.create(operand.source, head, stages, ring, table, tile_n, Int32(0), 1)
+            return RowGatherer.create(operand.source, head, stages, ring, table, tile_n, Int32(0), 1, GATHER_UNROLL)
         return PagedTileLoader.create(operand.source, head, box, stages, ring, table, tile_n)
 
     @cute.jit

@@ -55,6 +55,9 @@ LOAD_WARP, SCHEDULE_WARP = 0, 1
 # The producer's other two warps gather keys, or stage a key-side bias, where either is asked for. With both, the
 # loading warp, which then loads queries alone, stages the bias.
 FIRST_SPARE_WARP, SPARE_WARPS = 2, 2
+# Steps of gathering at once. Decodes wait for nothing else: one at a time they took 735 us, eight at a time 485
+# (csrc_notes/paged_kv.md). Beside more than one consumer a gathering warp has registers for fewer.
+GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -414,7 +417,8 @@ class ForwardSm90:
             return ragged_tma.TileLoader.create(operand.atom, rows, (tile_n, cute.size(smem, mode=[1])), smem, ring)
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
-            return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, SPARE_WARPS)
+            unroll = GATHER_UNROLL_OF_FEW_ROWS if spec.tile.consumers == 1 else GATHER_UNROLL
+            return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, SPARE_WARPS, unroll)
         box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
         return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n)
 

@@ -187,11 +187,12 @@ class RowGatherer:
     tile_n: int
     warp: Int32  # of the `warps` that load
     warps: int
+    unroll: int  # of the loop over rows: as many as a warp has registers for
 
     @staticmethod
-    def create(x, head: Int32, stages: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n, warp: Int32, warps):
-        """x: (pages, page_size, Hk, columns)."""
-        return RowGatherer(x[None, None, head, None], stages, ring, table, tile_n, warp, warps)
+    def create(x, head: Int32, *rest):
+        """x: (pages, page_size, Hk, columns); rest: the fields behind `rows`."""
+        return RowGatherer(x[None, None, head, None], *rest)
 
     @property
     def swizzle_bytes(self) -> int:
@@ -246,8 +247,8 @@ class RowGatherer:
         chunk, lane_row = lane % chunks, lane // chunks
         address = self.rows.iterator.toint() + 2 * offset
         num_bytes = has_key * 16
-        # All at once: a row's shuffles would otherwise wait for those of the row before.
-        for r in cutlass.range_constexpr(0, WARP, rows_at_once):
+        # Several at once: a row's shuffles would otherwise wait for those of the row before.
+        for r in cutlass.range(0, WARP, rows_at_once, unroll=self.unroll):
             row = first_row + r + lane_row
             row_address = cute.arch.shuffle_sync(address, r + lane_row)
             row_bytes = cute.arch.shuffle_sync(num_bytes, r + lane_row)

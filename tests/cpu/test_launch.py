@@ -210,6 +210,7 @@ PLAIN = launch.KernelKey(
     True,
 )
 BATCHED = {"varlen_q": False, "varlen_k": False, "dynamic": False}
+GATHERED = {"varlen_k": False, "seqused_k": True, "page_span": 0}
 CONFIGURATIONS = {
     "d128-packed-full": {},
     "d128-packed-causal-gqa4": {"causal": True, "qheads_per_kvhead": 4, "packed": True},
@@ -231,6 +232,8 @@ CONFIGURATIONS = {
     "d192-full": {"head_dim": 192, "head_dim_v": 192},
     "d256-causal-gqa7": {"head_dim": 256, "head_dim_v": 256, "causal": True, "qheads_per_kvhead": 7, "packed": True},
     "d256-window": {"head_dim": 256, "head_dim_v": 256, "window_left": True, "window_right": True},
+    "d128-gathered-causal-gqa4": {**GATHERED, "causal": True, "qheads_per_kvhead": 4, "packed": True},
+    "d64-gathered-causal": {**GATHERED, "head_dim": 64, "head_dim_v": 64, "causal": True},
 }
 
 _COMPILE = """
@@ -263,6 +266,7 @@ BLACKWELL = [
     ("sm_100a", "d128-batched-seqused-window-sink-softcap"),
     ("sm_100a", "d192-128-causal"),
     ("sm_100a", "d256-window"),
+    ("sm_100a", "d128-gathered-causal-gqa4"),
     ("sm_103a", "d64-causal"),
 ]
 if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
