@@ -184,6 +184,11 @@ def as_view(tensor: Tensor, view: str) -> Tensor:
     return storage[..., left : left + tensor.shape[-1]]
 
 
+def on_cpu(tensors: AttentionTensors) -> AttentionTensors:
+    """Copies on the CPU, where the specification takes float64."""
+    return AttentionTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
+
+
 def sequence_alone(tensors: AttentionTensors, index: int) -> AttentionTensors:
     """One sequence of a packed call, copied out, as a packed call of its own."""
     q_start, q_stop = tensors.cu_seqlens_q[index : index + 2].tolist()

@@ -22,6 +22,7 @@ from tests.attention_cases import (
     check_attention,
     cu_seqlens,
     in_pages,
+    on_cpu,
     problem_of,
     sequence_alone,
 )
@@ -196,14 +197,13 @@ def check_gradients(tensors, lse_too=False, run=None, **options):
     def ours(tensors, **options):
         return attention(tensors, **(TRITON if run is None else run), **options)
 
-    wide = tensors._replace(
-        **{
-            n: getattr(tensors, n).double()
-            for n in ("q", "k", "v", "learnable_sink")
-            if getattr(tensors, n) is not None
-        }
+    # fp64 is taken on the CPU alone.
+    copies = on_cpu(tensors)
+    wide = copies._replace(
+        **{n: getattr(copies, n).double() for n in ("q", "k", "v", "learnable_sink") if getattr(copies, n) is not None}
     )
-    expected = gradients(wide, options, reference, weight, lse_weight)
+    weights = [w if w is None else w.cpu() for w in (weight, lse_weight)]
+    expected = [gradient.to(DEVICE) for gradient in gradients(wide, options, reference, *weights)]
     yardstick = gradients(tensors, options, plain, weight, lse_weight)
     got = gradients(tensors, options, ours, weight, lse_weight)
     for name, mine, exact, theirs in zip(("q", "k", "v", "sink"), got, expected, yardstick, strict=False):

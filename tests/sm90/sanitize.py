@@ -16,8 +16,14 @@ from pathlib import Path
 
 import torch
 
-from flash_attn_cute.problem import AttentionTensors
-from tests.attention_cases import GuardedOutput, assert_close_to_reference, attention, build_tensors, problem_of
+from tests.attention_cases import (
+    GuardedOutput,
+    assert_close_to_reference,
+    attention,
+    build_tensors,
+    on_cpu,
+    problem_of,
+)
 
 PAIRS = [(1, 70), (130, 200), (0, 5), (64, 0), (129, 129)]
 # Name, how the tensors are built, options of the call. Each takes another path: warps that load, wait, mask and store.
@@ -49,8 +55,7 @@ def run_calls() -> None:
         torch.cuda.synchronize()
         guarded.check()
         # On the CPU: the reference's own kernels are not under test, and would be slow there.
-        on_cpu = AttentionTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
-        assert_close_to_reference(out.cpu(), lse.cpu(), on_cpu, problem)
+        assert_close_to_reference(out.cpu(), lse.cpu(), on_cpu(tensors), problem)
         print(f"{name}: right", flush=True)
 
 
