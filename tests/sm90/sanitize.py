@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,38 +25,79 @@ from tests.attention_cases import (
     on_cpu,
     problem_of,
 )
+from tests.kv_cache_cases import CacheCase, build
+from tests.kv_cache_matrix import assert_right
 
-PAIRS = [(1, 70), (130, 200), (0, 5), (64, 0), (129, 129)]
-# Name, how the tensors are built, options of the call. Each takes another path: warps that load, wait, mask and store.
+PREFILL = [(1, 70), (130, 200), (0, 5), (64, 0), (129, 129)]
+DECODE = [(1, 300), (1, 1), (0, 5), (1, 0), (1, 129)]
+D128 = {"head_dim": 128}
+
+
+class Call(NamedTuple):
+    """One call of `flash_attn_varlen_func`. Each takes another path: warps that load, wait, mask and store."""
+
+    name: str
+    build: dict[str, Any]  # how its tensors are built
+    options: dict[str, Any]
+    pairs: list[tuple[int, int]] = PREFILL  # query and key length of each sequence
+
+
+def _paged(page_size: int, **build: Any) -> dict[str, Any]:
+    return D128 | {"layout_k": "paged", "page_size": page_size} | build
+
+
+FEW_ROWS = {"causal": True, "max_seqlen_q": 1, "pack_gqa": True}
 CALLS = [
-    ("d64 causal", {"head_dim": 64}, {"causal": True}),
-    ("d128 full", {"head_dim": 128}, {}),
-    ("d128 causal, heads packed", {"head_dim": 128, "heads": 8}, {"causal": True, "pack_gqa": True}),
-    ("d128 dynamic", {"head_dim": 128}, {"causal": True, "pack_gqa": False, "scheduler": "dynamic"}),
-    ("d128 single tile", {"head_dim": 128}, {"causal": True, "pack_gqa": False, "scheduler": "single_tile"}),
-    ("d256 window", {"head_dim": 256}, {"window_size": (40, 10)}),
-    ("d192-128 causal", {"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
-    ("d72 causal", {"head_dim": 72}, {"causal": True}),
-    ("batched, seqused", {"head_dim": 128, "layout_q": "batched", "layout_k": "batched"}, {"causal": True}),
-    ("splits of 128 keys, planned", {"head_dim": 128, "heads": 8}, {"causal": True, "seqlen_k_per_split": 128}),
-    (
+    Call("d64 causal", {"head_dim": 64}, {"causal": True}),
+    Call("d128 full", D128, {}),
+    Call("d128 causal, heads packed", D128 | {"heads": 8}, {"causal": True, "pack_gqa": True}),
+    Call("d128 dynamic", D128, {"causal": True, "pack_gqa": False, "scheduler": "dynamic"}),
+    Call("d128 single tile", D128, {"causal": True, "pack_gqa": False, "scheduler": "single_tile"}),
+    Call("d256 window", {"head_dim": 256}, {"window_size": (40, 10)}),
+    Call("d192-128 causal", {"head_dim": 192, "head_dim_v": 128}, {"causal": True}),
+    Call("d72 causal", {"head_dim": 72}, {"causal": True}),
+    Call("batched, seqused", D128 | {"layout_q": "batched", "layout_k": "batched"}, {"causal": True}),
+    Call("splits of 128 keys, planned", D128 | {"heads": 8}, {"causal": True, "seqlen_k_per_split": 128}),
+    Call(
         "sink, softcap, unused rows",
-        {"head_dim": 128, "sink_dtype": torch.bfloat16, "slack_q": 3, "slack_k": 5},
+        D128 | {"sink_dtype": torch.bfloat16, "slack_q": 3, "slack_k": 5},
         {"softcap": 20.0},
     ),
+    Call("pages of 64", _paged(64), {"causal": True}),
+    Call("pages of 16", _paged(16), {"causal": True}),
+    Call("pages of 1, gathered", _paged(1), {"causal": True}),
+    Call("decode, pages of 64", _paged(64, heads=8), FEW_ROWS, DECODE),
+    Call("decode, pages of 16", _paged(16, heads=8), FEW_ROWS, DECODE),
+    Call("decode, pages of 1", _paged(1, heads=8), FEW_ROWS, DECODE),
+    Call("decode, pages of 16, splits of 128 keys", _paged(16), FEW_ROWS | {"seqlen_k_per_split": 128}, DECODE),
+    Call("decode, pages of 16, splits decided on the device", _paged(16), FEW_ROWS | {"num_splits": 0}, DECODE),
+    Call("bias a KV head, mask for all", D128 | {"key_bias_heads": 2, "key_mask_heads": 1}, {"causal": True}),
+    Call("bias a query head, heads packed", D128 | {"key_bias_heads": 4}, {"causal": True, "pack_gqa": True}),
+    Call("bias, pages of 16", _paged(16, key_bias_heads=4, key_mask_heads=2), {"causal": True}),
+    Call("bias, decode, pages of 64", _paged(64, heads=8, key_bias_heads=8, key_mask_heads=1), FEW_ROWS, DECODE),
+    Call("bias, decode, pages of 1", _paged(1, heads=8, key_bias_heads=1, key_mask_heads=8), FEW_ROWS, DECODE),
 ]
+# Calls of `flash_attn_with_kvcache`: new keys, rotated, and queries over all of them.
+APPENDS = {
+    "append, pages of 16": CacheCase([70, 0, 129], [1, 130, 3], [1, 130, 3], 16, head_dim=128, rotary_dim=64),
+    "append, pages of 1, decode": CacheCase([70, 0, 129], [1] * 3, [1] * 3, 1, heads=8, head_dim=128, rotary_dim=128),
+    "append, rows of a cache": CacheCase([70, 0, 129], [2, 5, 0], [2, 5, 1], None, head_dim=128, rotary_dim=32),
+}
 
 
 def run_calls() -> None:
-    for name, shape, options in CALLS:
-        tensors = build_tensors([q for q, _ in PAIRS], [k for _, k in PAIRS], device="cuda", **shape)
-        problem = problem_of(tensors, **options)
+    for call in CALLS:
+        tensors = build_tensors([q for q, _ in call.pairs], [k for _, k in call.pairs], device="cuda", **call.build)
+        problem = problem_of(tensors, **call.options)
         guarded = GuardedOutput(problem, "cuda", around_heads=True)
-        out, lse = attention(tensors._replace(out=guarded.out), **options)
+        out, lse = attention(tensors._replace(out=guarded.out), **call.options)
         torch.cuda.synchronize()
         guarded.check()
         # On the CPU: the reference's own kernels are not under test, and would be slow there.
         assert_close_to_reference(out.cpu(), lse.cpu(), on_cpu(tensors), problem)
+        print(f"{call.name}: right", flush=True)
+    for name, case in APPENDS.items():
+        assert_right(build(case, "cuda"), causal=True)
         print(f"{name}: right", flush=True)
 
 
