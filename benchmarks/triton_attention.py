@@ -114,6 +114,7 @@ def tiles_of(text: str) -> Tiles:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--only", metavar="TEXT", default="", help="only shapes with this in their name")
     for kernel in KernelTiles._fields:
         parser.add_argument(f"--{kernel}", type=tiles_of, nargs="+", default=[], metavar="M,N,WARPS,STAGES")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -129,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
         for batch, length in SHAPES:
             for causal in (True, False):
                 what = f"d{dim} {'causal' if causal else 'full'} {batch}x{length}"
+                if options.only not in what:
+                    continue
                 for direction, calls in candidates(batch, length, dim, causal, chosen, others).items():
                     flops = 4 * batch * length * length * dim * HEADS * (2.5 if direction == "backward" else 1.0)
                     flops *= 0.5 if causal else 1.0

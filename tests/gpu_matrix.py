@@ -1,5 +1,6 @@
 """GPU matrices run where there is a GPU of their generation, and say so where there is none."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ def skip_without(generation: str, major: int, items: list, folder: Path) -> None
     """Marks the items below `folder` as skipped unless the GPU has compute capability `major`.x."""
     reason = _why_not(generation, major)
     if reason is None:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # The reference runs on the CPU: threads of all workers together were slower than one each, by far.
+            torch.set_num_threads(1)
         return
     for item in items:
         if folder in item.path.parents:
