@@ -14,6 +14,14 @@ from benchmarks.workloads import Workload
 SPARE_PAGES = 1 / 8
 
 
+def slots_of(table: torch.Tensor, lengths: torch.Tensor, page_size: int) -> torch.Tensor:
+    """(total_k,) rows of the pool, of the keys of all sequences one after another."""
+    lengths = lengths.long()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=table.device), lengths)
+    position = torch.arange(len(sequence), device=table.device) - (lengths.cumsum(0) - lengths)[sequence]
+    return table[sequence, position // page_size].long() * page_size + position % page_size
+
+
 @dataclass(frozen=True)
 class PagedInputs:
     """The queries, keys and values of one workload, the keys and values in pages in random order.
@@ -46,9 +54,8 @@ class PagedInputs:
         table = torch.full((workload.batch, width), -1, dtype=torch.int32, device=device)
         table[torch.arange(width, device=device) < pages[:, None]] = ids.int()
 
-        sequence = torch.repeat_interleave(torch.arange(workload.batch, device=device), lengths)
-        position = torch.arange(workload.total_k, device=device) - inputs.cu_seqlens_k.long()[sequence]
-        slots = table[sequence, position // page_size].long() * page_size + position % page_size
+        lengths = lengths.int()
+        slots = slots_of(table, lengths, page_size)
 
         def paged(rows: torch.Tensor) -> torch.Tensor:
             result = rows.new_full((pool, page_size, *rows.shape[1:]), float("nan"))
@@ -56,7 +63,13 @@ class PagedInputs:
             result.view(-1, *rows.shape[1:])[slots] = rows
             return result
 
-        return cls(inputs.q, paged(inputs.k), paged(inputs.v), inputs.cu_seqlens_q, lengths.int(), table)
+        return cls(inputs.q, paged(inputs.k), paged(inputs.v), inputs.cu_seqlens_q, lengths, table)
+
+    def like_keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """(total_k, ...) of packed keys -> (pages, page_size, ...), where their keys are; elsewhere 0, or False."""
+        result = rows.new_zeros(*self.k.shape[:2], *rows.shape[1:])
+        result.flatten(0, 1)[slots_of(self.page_table, self.seqused_k, self.page_size)] = rows
+        return result
 
     @property
     def page_size(self) -> int:

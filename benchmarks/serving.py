@@ -1,4 +1,4 @@
-"""What decode.py and mixed.py share: a case, a run over cases, the files it writes."""
+"""What decode.py, mixed.py and key_bias.py share: a case, a run over cases, the files it writes."""
 
 from __future__ import annotations
 
@@ -55,14 +55,18 @@ class Bench:
     iterations: int = 15
     device: str = "cuda"
 
+    def inputs(self, case: Case) -> tuple[AttentionInputs, AttentionInputs | PagedInputs]:
+        """The tensors of a case, contiguous and as the case has them."""
+        contiguous = AttentionInputs.random(case.workload, self.device)
+        if case.page_size is None:
+            return contiguous, contiguous
+        return contiguous, PagedInputs.scatter(case.workload, contiguous, case.page_size)
+
     def prepare(self, case: Case, variants: Iterable[Variant], peers: bool = True) -> Prepared:
         """Makes the tensors of a case and runs once whoever can; everybody reads the same numbers."""
         workload = case.workload
-        contiguous = AttentionInputs.random(workload, self.device)
-        inputs = theirs = contiguous
-        if case.page_size is not None:
-            inputs = PagedInputs.scatter(workload, contiguous, case.page_size)
-            theirs = inputs.with_valid_entries()
+        contiguous, inputs = self.inputs(case)
+        theirs = inputs if case.page_size is None else inputs.with_valid_entries()
         able = [p for p in self.peers if p.supports(workload) and (p.takes_pages or case.page_size is None)]
         # Peers come first, so that our output is compared in full with one that the samples found right.
         makers = {peer.name: partial(peer.make, workload, theirs) for peer in able if peers}
@@ -102,6 +106,7 @@ class Benchmark:
     tables: Callable[[dict[str, Any], list[str]], list[show.Table]]
     must_show: Callable[[dict[str, Any]], list[Target]]
     extra: Callable[[Bench], dict[str, Any]] = lambda bench: {}  # what is measured beside the rows
+    peers: tuple[Peer, ...] = SERVING_PEERS
 
     def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=self.title)
@@ -110,7 +115,7 @@ class Benchmark:
         parser.add_argument(
             "--peers",
             metavar="A,B",
-            help=f"of {', '.join(peer.name for peer in SERVING_PEERS)}; default: all installed",
+            help=f"of {', '.join(peer.name for peer in self.peers)}; default: all installed",
         )
         parser.add_argument("--iters", type=int, default=15, metavar="N", help="timed rounds, at most (default 15)")
         show.add_file_arguments(parser)
@@ -120,7 +125,7 @@ class Benchmark:
         options = self.parse(arguments)
         cases = [c for c in self.presets[options.preset]() if options.only is None or options.only in c.name]
         try:
-            wanted = peers_named(options.peers, SERVING_PEERS)
+            wanted = peers_named(options.peers, self.peers)
             if not cases:
                 raise ValueError(f"no case of preset {options.preset} has {options.only!r} in its name")
             if not torch.cuda.is_available():

@@ -29,9 +29,18 @@ def excess(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, bool]:
 
 
 def attend_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, len_q: int, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    len_q: int,
+    causal: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 attention of some rows of one sequence: q (rows, H, D), k and v (len_k, Hk, D) -> (rows, H, Dv)."""
+    """fp32 attention of some rows of one sequence: q (rows, H, D), k and v (len_k, Hk, D) -> (rows, H, Dv).
+
+    added: (len_k, H) float32, what joins the scores of each key; -inf hides it.
+    """
     len_k, heads_kv = k.shape[0], k.shape[1]
     if len_k == 0:
         return q.new_zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float32)
@@ -39,6 +48,8 @@ def attend_rows(
     k = k.float().repeat_interleave(group, dim=1)
     v = v.float().repeat_interleave(group, dim=1)
     scores = torch.einsum("rhd,khd->hrk", q.float(), k) / math.sqrt(q.shape[2])
+    if added is not None:
+        scores = scores + added.T[:, None, :]
     if causal:
         last_visible = rows + (len_k - len_q)
         hidden = torch.arange(len_k, device=q.device)[None, :] > last_visible[:, None]
@@ -64,9 +75,9 @@ def sample_sequences(workload: Workload, rng: random.Random) -> list[int]:
 
 
 def sampled_reference(
-    workload: Workload, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    workload: Workload, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, added: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row indices into packed q, and their fp32 outputs (rows, H, Dv). Takes packed tensors."""
+    """Row indices into packed q, and their fp32 outputs (rows, H, Dv). Takes packed tensors, `added` (total_k, H)."""
     rng = random.Random(0)
     cu_q, cu_k = workload.cu_q, workload.cu_k
     indices, outputs = [], []
@@ -75,15 +86,16 @@ def sampled_reference(
         rows = torch.tensor(sample_rows(len_q, rng), device=q.device, dtype=torch.long)
         keys = slice(cu_k[sequence], cu_k[sequence + 1])
         indices.append(rows + cu_q[sequence])
-        outputs.append(attend_rows(q[indices[-1]], k[keys], v[keys], rows, len_q, workload.causal))
+        of_keys = None if added is None else added[keys]
+        outputs.append(attend_rows(q[indices[-1]], k[keys], v[keys], rows, len_q, workload.causal, of_keys))
     return torch.cat(indices), torch.cat(outputs)
 
 
 class Check:
     """Compares outputs of one workload: sampled rows with fp32, and all rows with the first output that was right."""
 
-    def __init__(self, workload: Workload, inputs: AttentionInputs) -> None:
-        self._rows, self._expected = sampled_reference(workload, inputs.q, inputs.k, inputs.v)
+    def __init__(self, workload: Workload, inputs: AttentionInputs, added: torch.Tensor | None = None) -> None:
+        self._rows, self._expected = sampled_reference(workload, inputs.q, inputs.k, inputs.v, added)
         self._trusted: torch.Tensor | None = None
 
     def __call__(self, output: torch.Tensor) -> dict[str, Any]:

@@ -55,6 +55,7 @@ STEPS = (
     Step("varlen_scheduler", ("benchmarks/varlen_scheduler.py",), show.OVER_FLOOR),
     Step("decode", ("benchmarks/decode.py",), show.TERABYTES),
     Step("mixed", ("benchmarks/mixed.py",), show.OVER_FLOOR),
+    Step("key_bias", ("benchmarks/key_bias.py",), show.OVER_FLOOR),
 )
 
 
