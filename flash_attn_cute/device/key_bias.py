@@ -69,7 +69,7 @@ class Place:
         if const_expr(self.table is not None):
             position = self.table.position(key)
             in_page = position - self.table.by_page_size.floor(position) * self.table.page_size
-            return self.table.entry(key), in_page
+            return self.table.page(self.table.entry(key)), in_page
         elif const_expr(cute.rank(x) == 2):
             return (self.seqlens.offset_k + key,)
         else:

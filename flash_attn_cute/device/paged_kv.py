@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Int32, Int64, Uint32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import dsl_user_op
@@ -64,17 +64,21 @@ class PageTable:
 
     @cute.jit
     def entry(self, row: Int32) -> Int32:
-        """The page that holds a row, or page 0 for a page without keys.
+        """What the table has for the page that holds a row; 0 for a page without keys.
 
-        And for one that the cache does not have: a table that is wrong reads wrong keys, and nothing but the cache.
+        `page` makes a page of it, when it is used: a comparison here would wait for memory.
         """
         number = self.by_page_size.floor(self.position(row))
-        page = Int32(0)
+        entry = Int32(0)
         if number * self.page_size < self.position(self.len_k) and number < cute.size(self.entries):
-            page = self.entries[number]
-            if page < 0 or page >= self.num_pages:
-                page = Int32(0)
-        return page
+            entry = self.entries[number]
+        return entry
+
+    @cute.jit
+    def page(self, entry: Int32) -> Int32:
+        """The page that an entry names, page 0 for one that the cache does not have: a table that is wrong reads wrong
+        keys, and nothing but the cache."""
+        return entry if Uint32(entry) < Uint32(self.num_pages) else Int32(0)
 
 
 class PageCopies(NamedTuple):
@@ -94,10 +98,10 @@ class PageCopies(NamedTuple):
 
 
 class PagesOfTile(NamedTuple):
-    """A KV tile whose pages have been looked up. Lanes hold them as the loader has asked."""
+    """A KV tile whose table entries are on their way. Lanes hold them as the loader has asked."""
 
     kv_tile: Int32
-    pages: tuple
+    entries: tuple
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class PagedTileLoader:
         stage, barrier = self.ring.stage(position), self.ring.full_barrier(position)
         for i in cutlass.range(row_boxes, unroll=1):
             in_tile = (row_piece * row_boxes + i) * box_rows
-            page = cute.arch.shuffle_sync(tile.pages[0], in_tile // table.span)
+            page = table.page(cute.arch.shuffle_sync(tile.entries[0], in_tile // table.span))
             row = tile.kv_tile * self.tile_n + in_tile
             first = table.by_page_size.floor(row) * table.page_size
             to = self.boxes[None, None, i, None, stage]
@@ -165,11 +169,11 @@ class PagedTileLoader:
 
 @cute.jit
 def find_spans(table: PageTable, kv_tile: Int32, tile_n: int) -> PagesOfTile:
-    """Lane i gets the page of span i of a KV tile; of a negative tile, which is none, page 0."""
-    page, lane = Int32(0), cute.arch.lane_idx()
+    """Lane i gets the entry of span i of a KV tile; of a negative tile, which is none, 0."""
+    entry, lane = Int32(0), cute.arch.lane_idx()
     if lane < tile_n // table.span and kv_tile >= 0:
-        page = table.entry(kv_tile * tile_n + lane * table.span)
-    return PagesOfTile(kv_tile, (page,))
+        entry = table.entry(kv_tile * tile_n + lane * table.span)
+    return PagesOfTile(kv_tile, (entry,))
 
 
 @dataclass(frozen=True)
@@ -209,13 +213,13 @@ class RowGatherer:
 
     @cute.jit
     def find(self, kv_tile: Int32) -> PagesOfTile:
-        """Lane i gets the pages of row i of each of its warp's groups; -1 where there is no key."""
-        pages, lane = [Int32(-1)] * self.groups, cute.arch.lane_idx()
+        """Lane i gets the entries of row i of each of its warp's groups; 0 where there is no key."""
+        entries, lane = [Int32(0)] * self.groups, cute.arch.lane_idx()
         for i in cutlass.range_constexpr(self.groups):
             row = kv_tile * self.tile_n + self._group_row(i) + lane
             if row >= 0 and row < self.table.len_k:
-                pages[i] = self.table.entry(row)
-        return PagesOfTile(kv_tile, tuple(pages))
+                entries[i] = self.table.entry(row)
+        return PagesOfTile(kv_tile, tuple(entries))
 
     @cute.jit
     def load(self, position: RingPosition, tile: PagesOfTile, row_piece: Int32 = 0, column_piece: Int32 = 0):
@@ -225,11 +229,13 @@ class RowGatherer:
         stage = self.stages[None, None, self.ring.stage(position)].iterator.toint()
         for i in cutlass.range_constexpr(self.groups):
             in_tile = self._group_row(i)
-            row = table.position(tile.kv_tile * self.tile_n + in_tile + lane)
-            in_page = row - table.by_page_size.floor(row) * table.page_size
+            row = tile.kv_tile * self.tile_n + in_tile + lane
+            padded_row = table.position(row)
+            in_page = padded_row - table.by_page_size.floor(padded_row) * table.page_size
             offset, has_key = Int64(0), Int32(0)
-            if tile.pages[i] >= 0:
-                offset, has_key = Int64(cute.crd2idx((tile.pages[i], in_page, 0), self.rows.layout)), Int32(1)
+            if row < table.len_k:
+                page = table.page(tile.entries[i])
+                offset, has_key = Int64(cute.crd2idx((page, in_page, 0), self.rows.layout)), Int32(1)
             stage_rows = cute.size(self.stages, mode=[0])
             in_stage = in_tile - row_piece * stage_rows
             # Lanes agree about this: a piece of a tile has some of its groups, or a part of one.
