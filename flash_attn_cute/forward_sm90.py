@@ -152,7 +152,11 @@ class ForwardSm90:
         )
         source = seqlen_source(tensors, scalars)
         self.kernel(operands, tensors, scalars, source, s_mma, o_mma).launch(
-            grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[scalars.grid, 1, 1],
+            block=[self.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            max_number_threads=[tile.launch_bound, 1, 1],
         )
 
     def _key_operand(self, x: cute.Tensor, smem_layout: cute.ComposedLayout, tensors: ForwardTensors) -> Operand:
@@ -246,8 +250,7 @@ class ForwardSm90:
         window = window_of(spec, scalars)
         registers = spec.tile.registers(spec.gathers or spec.key_side is not None)
         if warp < 4:
-            if const_expr(registers is not None):
-                cute.arch.setmaxregister_decrease(registers[0])
+            cute.arch.setmaxregister_decrease(registers[0])
             if warp == LOAD_WARP:
                 self.load(operands, stages, rings, window, tensors, scalars, None)
             if warp == SCHEDULE_WARP:
@@ -261,8 +264,7 @@ class ForwardSm90:
                 elif const_expr(spec.key_side is not None):
                     self.stage_bias(stages, rings, window, tensors, scalars, warp - FIRST_SPARE_WARP)
         else:
-            if const_expr(registers is not None):
-                cute.arch.setmaxregister_increase(registers[1])
+            cute.arch.setmaxregister_increase(registers[1])
             consumer = self._consumer(s_mma, o_mma, stages, scalars)
             self.compute(consumer, stages, rings, window, tensors, scalars)
 

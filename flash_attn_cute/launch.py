@@ -450,7 +450,9 @@ class PreparedLaunch(NamedTuple):
             )
         key, split = planned.key, None
         if key.splits:
-            split = SplitSizes.of(planning, key.tile.tile_m, p.head_dim_v, t.q.device)
+            tokens, heads = key.tile.tile_m // key.rows_per_token, key.qheads_per_kvhead if key.packed else 1
+            rows = min(tokens, p.seqlen_q_bound) * heads
+            split = SplitSizes.of(planning, key.tile.tile_m, p.head_dim_v, t.q.device, rows)
             key = key._replace(combine_warps=split.warps_per_row)
         scalars = (
             p.softmax_scale,

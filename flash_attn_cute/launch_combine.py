@@ -345,7 +345,10 @@ class SplitSizes(NamedTuple):
     grid: tuple[int, int]
 
     @classmethod
-    def of(cls, shape: BatchShape, tile_rows: int, head_dim_v: int, device: torch.device) -> SplitSizes:
+    def of(
+        cls, shape: BatchShape, tile_rows: int, head_dim_v: int, device: torch.device, rows_in_use: int | None = None
+    ) -> SplitSizes:
+        """rows_in_use: of a work tile, the most that are queries, as far as the host knows; all without it."""
         p, slots = shape.parameters, shape.slots_bound
         # A head of the plan is split over its slots alone, so this many splits are the most that a row can have.
         most_splits = min(p.max_splits, slots // p.heads)
@@ -353,9 +356,9 @@ class SplitSizes(NamedTuple):
         # A split query tile has two slots at least.
         num_sms = _num_sms(device.index)
         grid_x = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
-        # Of few tiles, the rows go to as many CTAs as there is room for.
-        groups = -(-tile_rows // (4 // warps_per_row))
-        grid_y = min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x)
+        # Of few tiles, the rows go to as many CTAs as there is room for; a CTA without a row would be waited for.
+        groups = -(-(tile_rows if rows_in_use is None else rows_in_use) // (4 // warps_per_row))
+        grid_y = max(min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x), 1)
         return cls(slots, tile_rows, head_dim_v, warps_per_row, (grid_x, grid_y))
 
     def workspace(self, metadata: SchedulerMetadata) -> Workspace:

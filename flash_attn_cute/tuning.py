@@ -34,14 +34,21 @@ class Sm90Tile(NamedTuple):
         """Rows that are loaded and multiplied together: whole tokens have to fit into them."""
         return self.tile_m
 
-    def registers(self, producer_computes: bool) -> tuple[int, int] | None:
-        """(producer, consumer) registers a thread after reallocation: 64 K divided by the warpgroups, in steps of 8.
+    @property
+    def launch_bound(self) -> int:
+        """Threads that a launch is compiled for, which decides the registers that each is launched with.
 
-        None where every thread can have 255. producer_computes: whether it has to, an address a row or a bias a key.
+        With one consumer it is more than there are, so that a third of the registers stays free: CTAs of the merge,
+        launched as dependents, then wait on the SMs instead of for them.
         """
+        return 128 * (max(self.consumers, 2) + 1)
+
+    def registers(self, producer_computes: bool) -> tuple[int, int]:
+        """(producer, consumer) registers a thread after reallocation: those of the launch divided by the warpgroups, in
+        steps of 8. producer_computes: whether it has to, an address a row or a bias a key."""
         if producer_computes:
-            return {1: None, 2: (40, 232), 3: (32, 160)}[self.consumers]
-        return {1: None, 2: (24, 240), 3: (32, 160)}[self.consumers]
+            return {1: (96, 240), 2: (40, 232), 3: (32, 160)}[self.consumers]
+        return {1: (96, 240), 2: (24, 240), 3: (32, 160)}[self.consumers]
 
     @property
     def smem_bytes(self) -> int:

@@ -18,6 +18,7 @@ from flash_attn_cute.tile_scheduler import (
     WorkTile,
 )
 
+WARP = 32
 LINE_BYTES = 128
 
 
@@ -46,7 +47,23 @@ def prefetch_lengths(tensors: ForwardTensors):
     for tensor in read:
         if const_expr(tensor is not None):
             if line < cute.size(tensor):
-                cute.arch.prefetch((tensor.iterator + line).llvm_ptr, cache_level="L2")
+                _prefetch(tensor.iterator + line)
+    if const_expr(tensors.page_table is not None):
+        _prefetch_pages(tensors.page_table)
+
+
+@cute.jit
+def _prefetch_pages(table: cute.Tensor):
+    """All CTAs together bring the page table, or as much of it as a line a lane reaches."""
+    rows, columns = table.shape
+    lines = (columns + LINE_BYTES // 4 - 1) // (LINE_BYTES // 4)
+    line = cute.arch.block_idx()[0] * WARP + cute.arch.lane_idx()
+    if line < rows * lines:
+        _prefetch(cute.domain_offset((line // lines, line % lines * (LINE_BYTES // 4)), table).iterator)
+
+
+def _prefetch(address: cute.Pointer):
+    cute.arch.prefetch(address.llvm_ptr, cache_level="L2")
 
 
 @cute.jit
