@@ -36,6 +36,7 @@ from flash_attn_cute.forward_spec import (
     cache_row,
     key_side_place,
     kv_range,
+    kv_tile,
     page_table,
     seqlen_source,
     tile_order,
@@ -43,10 +44,10 @@ from flash_attn_cute.forward_spec import (
 )
 from flash_attn_cute.tile_scheduler import (
     MAILBOX_STAGES,
-    MAILBOX_WORDS,
     TileMailbox,
     TileScheduler,
     WorkTile,
+    mailbox_words,
 )
 from flash_attn_cute.tuning import BIAS_STAGES
 
@@ -279,8 +280,8 @@ class ForwardSm90:
         def barriers(stages):
             return smem.allocate_array(cutlass.Int64, MbarrierRing.words(stages))
 
-        readers = self.consumer_warps + self.loading_warps
-        slots = smem.allocate_tensor(Int32, cute.make_layout((MAILBOX_WORDS, MAILBOX_STAGES)), byte_alignment=16)
+        readers, words = self.consumer_warps + self.loading_warps, mailbox_words(self.spec.skips)
+        slots = smem.allocate_tensor(Int32, cute.make_layout((words, MAILBOX_STAGES)), byte_alignment=16)
         return Rings(
             MbarrierRing(barriers(tile.q_stages), tile.q_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
@@ -333,11 +334,13 @@ class ForwardSm90:
                     for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
                 ]
                 kv = kv_range(spec, work, seqlens, window)
-                tile, following = keys.find(kv.end - 1), keys.find(kv.end - 2)
+                tile = keys.find(kv_tile(spec, work, tensors, kv.end - 1))
+                following = keys.find(kv_tile(spec, work, tensors, kv.end - 2))
                 keys.load(k_position, tile)
                 k_position = k_position.next()
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-                    previous, tile, following = tile, following, keys.find(kv.end - 2 - i)
+                    previous, tile = tile, following
+                    following = keys.find(kv_tile(spec, work, tensors, kv.end - 2 - i))
                     keys.load(k_position, tile)
                     k_position = k_position.next()
                     values.load(v_position, previous)
@@ -385,9 +388,9 @@ class ForwardSm90:
     ):
         kv = kv_range(self.spec, work, seqlens, window)
         place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        stager.stage(position, kv.end - 1, place)
+        stager.stage(position, kv_tile(self.spec, work, tensors, kv.end - 1), place)
         for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-            stager.stage(position.next(), kv.end - 1 - i, place)
+            stager.stage(position.next(), kv_tile(self.spec, work, tensors, kv.end - 1 - i), place)
             stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
             position = position.next()
         stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
@@ -476,11 +479,15 @@ class ForwardSm90:
             wgmma.flat(me.o).fill(0.0)
             if const_expr(tile.consumers > 1):
                 if self._has_queries(me, work, seqlens):
-                    kv_position = self._keys(me, stages, rings, window, scalars, work, seqlens, q_position, kv_position)
+                    kv_position = self._keys(
+                        me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
+                    )
                 else:
                     kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
             else:
-                kv_position = self._keys(me, stages, rings, window, scalars, work, seqlens, q_position, kv_position)
+                kv_position = self._keys(
+                    me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
+                )
             rings.q.release_converged(q_position)
             if const_expr(self.rescale_late):
                 me.softmax.rescale(wgmma.flat(me.o))
@@ -553,6 +560,7 @@ class ForwardSm90:
         stages: Stages,
         rings: Rings,
         window: Window,
+        tensors: ForwardTensors,
         scalars: ForwardScalars,
         work: WorkTile,
         seqlens: Seqlens,
@@ -573,18 +581,21 @@ class ForwardSm90:
         bias = None
         if const_expr(self.spec.key_side is not None):
             bias = BiasOfRows.create(self.spec, rows, column, stages.bias, rings.bias)
-        self._softmax(me, scalars, limits, kv.end - 1, bias, kv_position)
+        last = kv_tile(self.spec, work, tensors, kv.end - 1)
+        self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)
         if const_expr(window.right is not None):
             for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                self._step(me, rings, q_position, kv_position, scalars, limits, bias, kv.end - 2 - i)
+                number = kv_tile(self.spec, work, tensors, kv.end - 2 - i)
+                self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
-        for i in cutlass.range(masked_end - full_first, unroll=1):
-            self._step(me, rings, q_position, kv_position, scalars, None, bias, masked_end - 1 - i)
+        for _ in cutlass.range(masked_end - full_first, unroll=1):
+            self._step(me, rings, q_position, kv_position, scalars, None, bias, None)
             kv_position = kv_position.next()
         if const_expr(window.left is not None):
             for i in cutlass.range(full_first - kv.first, unroll=1):
-                self._step(me, rings, q_position, kv_position, scalars, limits, bias, full_first - 1 - i)
+                number = kv_tile(self.spec, work, tensors, full_first - 1 - i)
+                self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
         return kv_position
 
@@ -598,9 +609,12 @@ class ForwardSm90:
         scalars: ForwardScalars,
         limits,
         bias,
-        kv_tile: Int32,
+        number: Int32 | None,
     ):
-        """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`."""
+        """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`.
+
+        number: of the KV tile, where `limits` mask it.
+        """
         following = position.next()
         self._wait_keys(rings.k, following)
         self._wait_turn(me.warpgroup)
@@ -611,7 +625,7 @@ class ForwardSm90:
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
         rings.k.release_converged(following)
-        self._softmax(me, scalars, limits, kv_tile, bias, following)
+        self._softmax(me, scalars, limits, number, bias, following)
         warpgroup.wait_group(0)
         rings.v.release_converged(position)
         self._store_p(me)
@@ -645,7 +659,7 @@ class ForwardSm90:
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit
-    def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, kv_tile: Int32, bias, position: RingPosition):
+    def _softmax(self, me: Consumer, scalars: ForwardScalars, limits, number, bias, position: RingPosition):
         """Turns the scores into probabilities, in place."""
         s = wgmma.flat(me.s)
         if const_expr(self.spec.softcap):
@@ -655,7 +669,7 @@ class ForwardSm90:
         if const_expr(bias is not None):
             bias.add(s, position)
         if const_expr(limits is not None):
-            mask_scores(s, limits, kv_tile, self.spec.tile.tile_n)
+            mask_scores(s, limits, number, self.spec.tile.tile_n)
         me.softmax.update(s)
 
     def _store_p(self, me: Consumer):

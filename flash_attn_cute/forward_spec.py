@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from flash_attn_cute.device.active_tiles import ActiveTiles
 from flash_attn_cute.device.divisor import Divisor
-from flash_attn_cute.device.key_bias import KeySideSpec, Place
+from flash_attn_cute.device.key_bias import ALL_HEADS, KV_HEADS, KeySideSpec, Place
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.paged_kv import PageTable
-from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors, row_of_cache
 from flash_attn_cute.tile_scheduler import PlannedOrder, PlannedWork, TileOrder, WorkTile
 from flash_attn_cute.tuning import Sm90Tile, Sm100Tile
 
@@ -33,6 +33,7 @@ class ForwardSpec:
     page_span: int = 0  # of paged keys: rows of a span that TMA loads (see device.paged_kv)
     gathers: bool = False  # rows of paged keys are gathered with cp.async
     key_side: KeySideSpec | None = None
+    skips: bool = False  # KV tiles that the key mask hides whole are not visited
 
     @property
     def packed(self) -> bool:
@@ -79,6 +80,7 @@ class ForwardTensors(NamedTuple):
     cache_batch_idx: cute.Tensor | None = None  # which row of batched k and v a sequence has
     key_mask: cute.Tensor | None = None  # uint8; as key_bias (total_k, H*), (B, Sk, H*) or (pages, page_size, H*)
     key_bias: cute.Tensor | None = None
+    active: ActiveTiles | None = None  # where the kernel skips
 
     @property
     def packed_q(self) -> bool:
@@ -149,13 +151,9 @@ def page_table(
     )
 
 
-@cute.jit
 def cache_row(tensors: ForwardTensors, batch: Int32) -> Int32:
-    """The row of batched k and v that a sequence has; a wrong one still lies in the cache."""
-    row = batch
-    if const_expr(tensors.cache_batch_idx is not None):
-        row = cutlass.max(cutlass.min(tensors.cache_batch_idx[batch], cute.size(tensors.k, mode=[0]) - 1), 0)
-    return row
+    """The row of batched k and v that a sequence has."""
+    return row_of_cache(tensors.cache_batch_idx, batch, cute.size(tensors.k, mode=[0]))
 
 
 def key_side_place(
@@ -195,10 +193,62 @@ def tile_order(
 
 @cute.jit
 def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
-    """KV tiles that the queries of a work tile see, or the part of them that its split has."""
-    tokens = spec.tokens_per_tile
-    visible = KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
+    """KV tiles that the queries of a work tile see, or the part of them that its split has.
+
+    Where the kernel skips, the range is one of entries: `kv_tile` says which KV tile is in a place of it.
+    """
+    if const_expr(spec.skips):
+        return work.entries
+    visible = _visible(spec, work, seqlens, window)
     if const_expr(spec.splits):
         if work.num_splits > 1:
             visible = visible.of_split(work.split, work.num_splits, window.tiles_per_split)
     return visible
+
+
+@cute.jit
+def kv_tile(spec: ForwardSpec, work: WorkTile, tensors: ForwardTensors, place: Int32) -> Int32:
+    """The number of the KV tile in a place of `kv_range`; negative before its first."""
+    tile = place
+    if const_expr(spec.skips):
+        tile = Int32(-1)
+        if place >= work.entries.first:
+            tile = tensors.active.entries()[place]
+    return tile
+
+
+@cute.jit
+def with_entries(
+    spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors
+) -> WorkTile:
+    """Where the kernel skips: with the KV tiles that it visits. All 32 lanes of a warp call it.
+
+    They follow from the mask of the call alone: a plan, which may be of another mask, says how many splits there are,
+    and no more. Absolute boundaries are between KV tiles, whatever is hidden; otherwise splits share what is not.
+    """
+    if const_expr(not spec.skips):
+        return work
+    tiles = _visible(spec, work, seqlens, window)
+    if const_expr(spec.splits):
+        if work.num_splits > 1 and window.tiles_per_split > 0:
+            tiles = tiles.of_split(work.split, work.num_splits, window.tiles_per_split)
+    group = _list_group(spec, work)
+    entries = tensors.active.entries_of(tiles, window, seqlens, work.batch, group, spec.tile.tile_n)
+    if const_expr(spec.splits):
+        if work.num_splits > 1 and window.tiles_per_split <= 0:
+            entries = entries.of_split(work.split, work.num_splits, Int32(0))
+    return work._replace(entries=entries)
+
+
+def _list_group(spec: ForwardSpec, work: WorkTile) -> Int32:
+    """Which list of its sequence a work tile has: active_tiles.ListShape."""
+    if spec.key_side.mask == ALL_HEADS:
+        return Int32(0)
+    if spec.key_side.mask == KV_HEADS and not spec.packed:
+        return work.head // spec.qheads_per_kvhead
+    return work.head
+
+
+def _visible(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
+    tokens = spec.tokens_per_tile
+    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)

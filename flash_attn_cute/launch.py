@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attn_cute.active_tiles import SKIPPING, KeyTensors, ListShape, PreparedPacking, lists_to_compile
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.launch_combine import ARCHITECTURES, SplitSizes
 from flash_attn_cute.plan import PlanParameters
@@ -85,7 +86,23 @@ def _key_side_unsupported(p: Problem, architecture: str, tiling: QueryTiling) ->
     vectors = p.qheads_per_kvhead if tiling.packed and per_query_head else 1
     if tiling.tile.smem_bytes + SM90_SMALL_BYTES + bias_bytes(tiling.tile.tile_n, vectors) > SMEM_BYTES:
         return f"a mask or bias a query head with {p.qheads_per_kvhead} of them packed: pass pack_gqa=False"
+    if p.key_mask_heads is not None and not _list_shape(p, tiling).is_countable:
+        return "key_mask over so many sequences, pages and heads that their KV tiles are not counted in 31 bits"
     return None
+
+
+def _list_shape(p: Problem, tiling: QueryTiling) -> ListShape:
+    """Of the KV tiles that key_mask leaves."""
+    return ListShape.of(
+        tiling.tile.tile_n,
+        p.batch_size,
+        p.key_mask_heads,
+        p.num_heads,
+        p.num_heads_kv,
+        tiling.packed,
+        p.k_packed,
+        p.total_k if p.k_packed else p.seqlen_k,
+    )
 
 
 def _key_side_heads(p: Problem, heads: int | None) -> str | None:
@@ -149,9 +166,14 @@ class KernelKey(NamedTuple):
     def rows_per_token(self) -> int:
         return packed_rows(self.qheads_per_kvhead, self.tile.query_rows) if self.packed else 1
 
+    @property
+    def skips(self) -> bool:
+        """Whether KV tiles that the mask hides whole are skipped."""
+        return self.key_mask is not None and self.architecture in SKIPPING
+
     def is_uneven(self) -> bool:
         """Whether tiles differ in work, so that handing them out as CTAs get free pays."""
-        masked = self.causal or self.window_left or self.window_right
+        masked = self.causal or self.window_left or self.window_right or self.skips
         return masked or self.varlen_q or self.varlen_k or self.seqused_q or self.seqused_k or self.splits
 
     @classmethod
@@ -264,6 +286,7 @@ def compile_kernel(key: KernelKey) -> Any:
     from cutlass import Float32, Int32
 
     from flash_attn_cute.combine import CombinePlanned, PlannedCombineSpec
+    from flash_attn_cute.device.active_tiles import ActiveTiles
     from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.device.key_bias import KeySideSpec
     from flash_attn_cute.forward_and_combine import ForwardAndCombine
@@ -323,6 +346,7 @@ def compile_kernel(key: KernelKey) -> Any:
         cache_batch_idx=optional(key.cache_batch_idx, Int32, None),
         key_mask=key_side(key.key_mask, cutlass.Uint8),
         key_bias=key_side(key.key_bias, types.get(key.key_bias_dtype)),
+        active=ActiveTiles(*lists_to_compile(key.varlen_k)) if key.skips else None,
     )
     spec_key_side = None
     if key.key_mask is not None or key.key_bias is not None:
@@ -341,6 +365,7 @@ def compile_kernel(key: KernelKey) -> Any:
         key.page_span or 0,
         gathers=key.page_span == 0,
         key_side=spec_key_side,
+        skips=key.skips,
     )
     numbers = (Int32(0) for _ in ForwardScalars._fields[2:-2])
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)), Float32(1.0))
@@ -420,6 +445,7 @@ class PreparedLaunch(NamedTuple):
     strides_suit: tuple[bool, bool, bool]  # of q, k and v, for TMA
     planning: BatchShape | None
     split: SplitSizes | None  # where the plan may split
+    packing: PreparedPacking | None  # where KV tiles are skipped
 
     @classmethod
     def of(
@@ -470,9 +496,12 @@ class PreparedLaunch(NamedTuple):
             divisor_fields(p.page_size or 1),
             1.0 / (p.softcap or p.softmax_scale),
         )
-        function = None
+        function = packing = None
         if 0 not in p.out_shape:
             function = cache.get(key, functools.partial(compile_kernel, key))
+            if key.skips:
+                shape = _list_shape(p, _query_tiling(p, target.architecture, planning and planning.parameters))
+                packing = PreparedPacking.of(target.architecture, shape, _key_tensors(t), p.page_size)
         return cls(
             function,
             scalars,
@@ -483,6 +512,7 @@ class PreparedLaunch(NamedTuple):
             strides_suit,
             planning,
             split,
+            packing,
         )
 
     def run(
@@ -505,10 +535,15 @@ class PreparedLaunch(NamedTuple):
         target = out
         if given is not None and not (_strides_suit_tma(out) and out.data_ptr() % TMA_ALIGNMENT == 0):
             target = torch.empty_like(out, memory_format=torch.contiguous_format)
+        mask, bias = _key_side(tensors)
+        active = counts = None
+        if self.packing is not None:
+            active = self.packing.run(mask, _key_tensors(tensors))
+            counts = active.counts
         work = semaphore = None
         if self.planning is not None:
             if not metadata:
-                lengths = LengthTensors(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+                lengths = LengthTensors(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, counts)
                 metadata = plan_batch(lengths, self.planning.extents, self.planning.parameters, "cute", device)
             work, semaphore = metadata.work, metadata.tile_count_semaphore
         if not self.is_dynamic:
@@ -517,11 +552,15 @@ class PreparedLaunch(NamedTuple):
             semaphore = _semaphore(device)
         workspace = (None, None) if self.split is None else self.split.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, *_key_side(tensors))
+        of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, mask, bias, active)
         self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_keys), self.scalars)
         if target is not out:
             out.copy_(target)
         return out, lse
+
+
+def _key_tensors(t: AttentionTensors) -> KeyTensors:
+    return KeyTensors(t.cu_seqlens_k, t.seqused_k, t.leftpad_k, t.page_table, t.cache_batch_idx)
 
 
 def _key_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:

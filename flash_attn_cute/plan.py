@@ -35,6 +35,7 @@ class Lengths(NamedTuple):
     rows_q: int
     len_q: int
     len_k: int
+    active_tiles: int | None = None  # the most KV tiles that a key mask leaves to any head; None: there is no mask
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ class PlanSummary(NamedTuple):
 
 
 class _Demand(NamedTuple):
-    """A sequence before it is split: query tiles of a head, and the most KV tiles that one of them visits."""
+    """A sequence before it is split: query tiles of a head, and the most KV tiles that one of them visits.
+
+    Under a key mask a bound on them, which a query tile that sees all keys reaches.
+    """
 
     lengths: Lengths
     m_blocks: int
@@ -174,14 +178,15 @@ def _demand(s: Lengths, p: PlanParameters) -> _Demand:
 
 
 def visits_of_tile(s: Lengths, first_token: int, p: PlanParameters) -> int:
-    """KV tiles that the query tile from `first_token` on visits."""
+    """KV tiles that the query tile from `first_token` on visits; under a key mask, the most that it may."""
     if first_token >= s.len_q:
         return 0
     last_token = min(first_token + p.tokens_per_tile, s.len_q) - 1
     diagonal = s.len_k - s.len_q
     end = -(-max(min(s.len_k, last_token + diagonal + p.window_right + 1), 0) // p.tile_n)
     first = max(first_token + diagonal - p.window_left, 0) // p.tile_n
-    return max(end - first, 0)
+    visits = max(end - first, 0)
+    return visits if s.active_tiles is None else min(visits, s.active_tiles)
 
 
 def _duration(visits: int, splits: int) -> int:

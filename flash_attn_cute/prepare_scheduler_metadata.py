@@ -49,6 +49,7 @@ from flash_attn_cute.plan import (
 INDEX_BITS = 15
 STREAM_BITS = 2
 SPLIT_BITS = 9
+GROUPS_AT_ONCE = 4  # lists of a sequence whose counts are on their way at once
 UNBOUNDED = 1 << 30  # a window that is at least as wide is none: no sequence has as many keys
 WHOLE, FIXED, BY_LOAD = "whole", "fixed", "by_load"  # nothing is split, at absolute boundaries, as the batch asks for
 
@@ -73,6 +74,7 @@ class PlanTensors(NamedTuple):
     cu_seqlens_k: cute.Tensor | None
     seqused_q: cute.Tensor | None
     seqused_k: cute.Tensor | None
+    active_tiles: cute.Tensor | None  # (B, groups): KV tiles that a key mask leaves (device.active_tiles)
     entries: cute.Tensor  # (N, 4): plan.PlannedSequence, N = B, or B + 2 where q is packed
     cu_total_m_blocks: cute.Tensor  # (N + 1,)
     cu_total_splits_m_blocks: cute.Tensor  # (N + 1,)
@@ -110,6 +112,7 @@ class Lengths(NamedTuple):
     rows_q: Int32
     len_q: Int32
     len_k: Int32
+    active_tiles: Int32 | None
 
 
 class Demand(NamedTuple):
@@ -224,7 +227,9 @@ class PrepareSchedulerMetadata:
 
         rows_q = length(tensors.cu_seqlens_q, None, scalars.extent_q)
         len_q = rows_q if const_expr(tensors.seqused_q is None) else length(None, tensors.seqused_q, None)
-        return Lengths(rows_q, len_q, length(tensors.cu_seqlens_k, tensors.seqused_k, scalars.extent_k))
+        len_k = length(tensors.cu_seqlens_k, tensors.seqused_k, scalars.extent_k)
+        active_tiles = None if tensors.active_tiles is None else _most_active(tensors.active_tiles, last)
+        return Lengths(rows_q, len_q, len_k, active_tiles)
 
     def _padding_rows(self, tensors: PlanTensors, scalars: PlanScalars, group: ClusterGroup) -> Int32:
         """Before the first sequence in lane 0 of the last warp, behind the last in lane 1; otherwise 0."""
@@ -260,7 +265,10 @@ class PrepareSchedulerMetadata:
         end_key = cutlass.min(s.len_k, last_token + diagonal + scalars.window_right + 1)
         end = scalars.by_tile_n.floor(cutlass.max(end_key, 0) + (scalars.tile_n - 1))
         first = scalars.by_tile_n.floor(cutlass.max(first_token + diagonal - scalars.window_left, 0))
-        return cutlass.max(end - first, 0) if s.len_q > 0 else Int32(0)
+        visits = cutlass.max(end - first, 0)
+        if const_expr(s.active_tiles is not None):
+            visits = cutlass.min(visits, s.active_tiles)
+        return visits if s.len_q > 0 else Int32(0)
 
     @cute.jit
     def _fixed_splits(self, demand: Demand, scalars: PlanScalars) -> Int32:
@@ -516,6 +524,15 @@ class PrepareSchedulerMetadata:
             tensors.summary[3] = ratio
             tensors.semaphore[0] = 0
             tensors.semaphore[1] = 0
+
+
+@cute.jit
+def _most_active(active_tiles: cute.Tensor, number: Int32) -> Int32:
+    """KV tiles of a sequence in the list of that group of heads which has most."""
+    most = Int32(0)
+    for group in cutlass.range(cute.size(active_tiles, mode=[1]), unroll=GROUPS_AT_ONCE):
+        most = cutlass.max(most, active_tiles[number, group])
+    return most
 
 
 def _bit_length(value: Int32) -> Int32:

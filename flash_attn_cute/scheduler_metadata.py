@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from flash_attn_cute import tuning
+from flash_attn_cute.active_counts import active_counts, check_key_mask, keys_of_mask
+from flash_attn_cute.active_tiles import SKIPPING, KeyTensors, ListShape
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.launch_combine import Workspace, architecture_of
 from flash_attn_cute.plan import MAX_SPLITS, Lengths, PlanParameters, plan_sequences
@@ -40,6 +42,7 @@ class LengthTensors(NamedTuple):
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    active_tiles: Tensor | None = None  # (B, groups) int32: KV tiles that a key mask leaves (active_tiles.ActiveTiles)
 
 
 class Extents(NamedTuple):
@@ -240,6 +243,10 @@ def get_scheduler_metadata(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     total_q: int | None = None,
+    key_mask: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
     num_splits: int = 0,
@@ -256,6 +263,10 @@ def get_scheduler_metadata(
         are used.
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; seqused_q, seqused_k: (B,) int32. All on one device.
     total_q: rows of a packed q; needed with cu_seqlens_q.
+    key_mask: bool, that of the call: (total_k, H*) with cu_seqlens_k, (pages, page_size, H*) with page_table, else
+        (B or 1, Sk, H*), or (rows, Sk, H*) with cache_batch_idx. Where the kernel skips KV tiles that it hides whole,
+        they count for nothing here. A plan of another mask, or of none, gives right results and may balance worse.
+    page_table, cache_leftpad, cache_batch_idx: those of the call; read where there is a key_mask.
     num_splits: 1 splits nothing, 0 as the batch asks for, n is a cap (at most 256).
     seqlen_k_per_split: keys between absolute boundaries, rounded up to whole KV tiles; then a row's bits do not depend
         on the batch. The last of 256 splits takes what is left.
@@ -286,6 +297,9 @@ def get_scheduler_metadata(
     _check_lengths(lengths, batch_size)
     if num_heads % num_heads_kv:
         _fail("num_heads", num_heads, f"a positive multiple of num_heads_kv, {num_heads_kv}")
+    keys = KeyTensors(cu_seqlens_k, seqused_k, cache_leftpad, page_table, cache_batch_idx)
+    if key_mask is not None:
+        check_key_mask(key_mask, keys, batch_size, num_heads, num_heads_kv)
     if num_splits > MAX_SPLITS:
         _fail("num_splits", num_splits, f"at most {MAX_SPLITS}")
     if seqlen_k_per_split is not None and num_splits > 1:
@@ -296,7 +310,7 @@ def get_scheduler_metadata(
         _fail("total_q", total_q, "the rows of q with cu_seqlens_q, None without")
     if backend not in BACKENDS:
         _fail("backend", repr(backend), f"one of {', '.join(BACKENDS)}")
-    given = next((tensor for tensor in lengths if tensor is not None), None)
+    given = next((tensor for tensor in (*lengths, key_mask) if tensor is not None), None)
     device = torch.device("cuda" if device is None else device) if given is None else given.device
     target = _target(device, backend, num_sms)
     extents = Extents(batch_size, max_seqlen_q if cu_seqlens_q is None else total_q, max_seqlen_k)
@@ -315,6 +329,13 @@ def get_scheduler_metadata(
         max_seqlen_k,
     )
     batch = _countable(BatchShape(parameters, extents, cu_seqlens_q is not None))
+    if key_mask is not None and target.architecture in SKIPPING:
+        # Heads of tiles are KV heads where query heads are packed, and otherwise query heads.
+        packed, num_keys = parameters.heads == num_heads_kv, keys_of_mask(key_mask, keys)
+        mask_heads, heads = key_mask.shape[-1], (num_heads, num_heads_kv)
+        lists = ListShape.of(tile.tile_n, batch_size, mask_heads, *heads, packed, cu_seqlens_k is not None, num_keys)
+        counts = active_counts(key_mask, keys, lists, target.architecture, target.backend)
+        lengths = lengths._replace(active_tiles=counts)
     metadata = plan_batch(lengths, extents, parameters, target.backend, device)
     if target.backend == "reference" or batch.slots_bound == 0:
         return metadata
@@ -488,14 +509,13 @@ def _fill_by_reference(metadata: SchedulerMetadata, lengths: LengthTensors) -> N
 
 def sequences_of(lengths: LengthTensors, extents: Extents) -> tuple[list[Lengths], list[int]]:
     """(sequences, padding rows) of `plan.plan_sequences`. Reads the tensors on the host."""
-    cu_q, cu_k, used_q, used_k = (None if tensor is None else tensor.tolist() for tensor in lengths)
+    cu_q, cu_k, used_q, used_k, active = (None if tensor is None else tensor.tolist() for tensor in lengths)
     sequences = []
     for i in range(extents.batch_size):
         rows_q = extents.rows_q if cu_q is None else cu_q[i + 1] - cu_q[i]
         keys = extents.rows_k if cu_k is None else cu_k[i + 1] - cu_k[i]
-        sequences.append(
-            Lengths(rows_q, rows_q if used_q is None else used_q[i], keys if used_k is None else used_k[i])
-        )
+        len_q, len_k = rows_q if used_q is None else used_q[i], keys if used_k is None else used_k[i]
+        sequences.append(Lengths(rows_q, len_q, len_k, None if active is None else max(active[i])))
     return sequences, [] if cu_q is None else [cu_q[0], extents.rows_q - cu_q[-1]]
 
 
@@ -516,6 +536,7 @@ class PlanKey(NamedTuple):
     cu_seqlens_k: bool
     seqused_q: bool
     seqused_k: bool
+    active_tiles: bool
     splitting: str
     ctas: int
     warps: int
@@ -545,8 +566,13 @@ def compile_kernel(key: PlanKey) -> Any:
         size = cute.sym_int() if size is None else size
         return cute.runtime.make_fake_tensor(Int32, (size,), stride=(1,), assumed_align=4) if present else None
 
+    active_tiles = None
+    if key.active_tiles:
+        shape, strides = (cute.sym_int(), cute.sym_int()), (cute.sym_int64(), 1)
+        active_tiles = cute.runtime.make_fake_tensor(Int32, shape, stride=strides, assumed_align=4)
     tensors = PlanTensors(
         *(vector(present) for present in key[2:6]),
+        active_tiles,
         cute.runtime.make_fake_tensor(Int32, (cute.sym_int(), 4), stride=(4, 1), assumed_align=16),
         vector(),
         vector(),
@@ -565,7 +591,7 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
     """Launches on the current stream."""
     p, entries, batch_size = metadata.parameters, metadata.entries, metadata.extents.batch_size
     if batch_size == 0:
-        lengths = lengths._replace(seqused_q=None, seqused_k=None)
+        lengths = lengths._replace(seqused_q=None, seqused_k=None, active_tiles=None)
     ctas, warps, items = next(group for group in GROUPS if batch_size <= 32 * math.prod(group))
     device = next((tensor.device for tensor in lengths if tensor is not None), entries.device)
     splitting = "whole" if p.max_splits == 1 else "fixed" if p.tiles_per_split else "by_load"

@@ -14,6 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
+from flash_attn_cute.device.kv_range import KvRange
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
@@ -33,6 +34,7 @@ class WorkTile(NamedTuple):
     split: Int32
     num_splits: Int32
     slot: Int32  # of the workspace, for the partial result of this split; 0 where num_splits is 1
+    entries: KvRange | None = None  # where KV tiles are skipped: of device.active_tiles, those to visit
 
     def is_work(self) -> Boolean:
         return self.m_block >= 0
@@ -329,18 +331,34 @@ class ClcScheduler:
 MAILBOX_STAGES = 2
 # A tile of this many keys takes longer than finding the next one and loading its first operands.
 LONG_TILE_KEYS = 512
-TILE_WORDS = len(WorkTile._fields)
+TILE_WORDS = len(WorkTile._fields) - 1  # without entries
 NUM_WORDS = TILE_WORDS + len(Seqlens._fields)
-MAILBOX_WORDS = 12  # a slot, kept a multiple of 16 bytes
+
+
+def mailbox_words(skips: bool) -> int:
+    """Words of a slot, a multiple of 16 bytes. skips: whether tiles have entries."""
+    return -(-(NUM_WORDS + (len(KvRange._fields) if skips else 0)) // 4) * 4
+
+
+MAILBOX_WORDS = mailbox_words(skips=False)
 
 
 @dataclass(frozen=True)
 class TileMailbox:
     """Broadcast of (WorkTile, Seqlens) from the scheduling warp to `readers` warps through the slots of a ring."""
 
-    slots: cute.Tensor  # (MAILBOX_WORDS, MAILBOX_STAGES) int32 in shared memory
+    slots: cute.Tensor  # (mailbox_words, MAILBOX_STAGES) int32 in shared memory
     ring: MbarrierRing
     readers: int
+
+    @property
+    def words(self) -> int:
+        return cute.size(self.slots, mode=[0])
+
+    @property
+    def entry_words(self) -> int:
+        """Of a tile's entries."""
+        return len(KvRange._fields) if self.words == mailbox_words(skips=True) else 0
 
     def init(self):
         self.ring.init(full_arrivals=1, empty_arrivals=self.readers)
@@ -350,10 +368,14 @@ class TileMailbox:
         stage, full = self.ring.stage(position), self.ring.full_barrier(position)
         if cute.arch.lane_idx() == 0:
             # All of the slot: the compiler reads it 16 bytes at a time.
-            unused = [Int32(0)] * (MAILBOX_WORDS - NUM_WORDS)
-            for i, word in enumerate((*tile, *seqlens, *unused)):
+            for i, word in enumerate(self._words(tile, seqlens)):
                 self.slots[i, stage] = word
             cute.arch.mbarrier_arrive(full)
+
+    def _words(self, tile: WorkTile, seqlens: Seqlens) -> tuple:
+        entries = () if tile.entries is None else tile.entries
+        words = (*tile[:TILE_WORDS], *seqlens, *entries)
+        return (*words, *[Int32(0)] * (self.words - len(words)))
 
     @cute.jit
     def wait_sent(self, position: RingPosition, seqlens: Seqlens):
@@ -371,9 +393,10 @@ class TileMailbox:
         self.ring.wait_full(position)
         stage, empty = self.ring.stage(position), self.ring.empty_barrier(position)
         # One lane reads and answers for its warp, so that each access is ordered by a barrier of its own thread.
-        words = [Int32(0)] * NUM_WORDS
+        words = [Int32(0)] * (NUM_WORDS + self.entry_words)
         if cute.arch.lane_idx() == 0:
-            words = [self.slots[i, stage] for i in range(NUM_WORDS)]
+            words = [self.slots[i, stage] for i in range(NUM_WORDS + self.entry_words)]
             cute.arch.mbarrier_arrive(empty)
         words = [cute.arch.shuffle_sync(word, 0) for word in words]
-        return WorkTile(*words[:TILE_WORDS]), Seqlens(*words[TILE_WORDS:])
+        entries = KvRange(*words[NUM_WORDS:]) if const_expr(self.entry_words > 0) else None
+        return WorkTile(*words[:TILE_WORDS], entries), Seqlens(*words[TILE_WORDS:NUM_WORDS])

@@ -7,7 +7,7 @@ from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
-from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range
+from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range, with_entries
 from flash_attn_cute.tile_scheduler import (
     ClcScheduler,
     Found,
@@ -82,13 +82,14 @@ def schedule(
         work, found = order.decode(number, found)
         seqlens = found.seqlens
         if work.is_work():
-            if kv_range(spec, work, seqlens, window).num_tiles() > 0:
-                mailbox.send(position, work, seqlens)
+            tile = with_entries(spec, work, seqlens, window, tensors)
+            if kv_range(spec, tile, seqlens, window).num_tiles() > 0:
+                mailbox.send(position, tile, seqlens)
                 position = position.next()
                 # Only now: a number taken early is work that an idle CTA cannot have.
                 mailbox.wait_sent(position, seqlens)
             else:
-                _settle(spec, work, seqlens, tensors)
+                _settle(spec, tile, seqlens, tensors)
         number = scheduler.next(number, turn)
         turn = turn ^ 1
     mailbox.send(position, WorkTile.none(), Seqlens.none())

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
@@ -71,3 +72,12 @@ class SeqlenSource(NamedTuple):
                 offset_k = t.leftpad_k[index]
                 len_k = len_k - offset_k
         return Seqlens(offset_q, rows_q, len_q * is_sequence, offset_k, len_k * is_sequence)
+
+
+@cute.jit
+def row_of_cache(cache_batch_idx: cute.Tensor | None, batch: Int32, rows: Int32) -> Int32:
+    """The row of a cache of `rows` that a sequence has; a wrong one still lies in the cache."""
+    row = batch
+    if const_expr(cache_batch_idx is not None):
+        row = cutlass.max(cutlass.min(cache_batch_idx[batch], rows - 1), 0)
+    return row

@@ -41,8 +41,8 @@ CAUSAL = PlanParameters(
 )
 
 
-def sequence(len_q, len_k):
-    return Lengths(len_q, len_q, len_k)
+def sequence(len_q, len_k, active_tiles=None):
+    return Lengths(len_q, len_q, len_k, active_tiles)
 
 
 def parameters(**changes):
@@ -51,7 +51,8 @@ def parameters(**changes):
 
 key_lengths = st.one_of(st.integers(0, 300), st.sampled_from([4096, 131072]))
 query_lengths = st.sampled_from([0, 1, 1, 33, 300])
-batches = st.lists(st.builds(sequence, query_lengths, key_lengths), max_size=40)
+active_tiles = st.one_of(st.none(), st.sampled_from([0, 1, 9, 100, 2000]))
+batches = st.lists(st.builds(sequence, query_lengths, key_lengths, active_tiles), max_size=40)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -97,6 +98,19 @@ def test_what_never_splits_is_never_split(batch, heads, num_sms, more):
     total_q, most_keys = sum(s.rows_q for s in batch), max((s.len_k for s in batch), default=0)
     if p.never_splits(-(-total_q // p.tokens_per_tile) * heads, most_keys):
         assert all(s.num_splits == 1 for s in plan_sequences(batch, [70, 0], p).sequences)
+
+
+def test_splits_follow_the_kv_tiles_that_a_mask_leaves():
+    """A decode of 1024 KV tiles of which 64 are left is split as one of 64, among others that are as they were."""
+    few = plan_sequences([sequence(1, 131072, 64)], [], CAUSAL)
+    whole = plan_sequences([sequence(1, 64 * 128)], [], CAUSAL)
+    assert few.sequences[0].num_splits == whole.sequences[0].num_splits
+    batch = [sequence(1, 131072, 4), *[sequence(1, 8192)] * 20]
+    splits = {s.batch: s.num_splits for s in plan_sequences(batch, [], CAUSAL).sequences}
+    assert splits[0] == 1
+    # Absolute boundaries stay where they are.
+    fixed = plan_sequences(batch, [], parameters(tiles_per_split=64))
+    assert {s.batch: s.num_splits for s in fixed.sequences}[0] == 16
 
 
 def test_prefills_are_known_to_stay_whole_and_decodes_are_not():

@@ -107,6 +107,30 @@ def test_decode_batches_equal_the_specification(emulation, lengths_k, p):
     assert_equals_specification(*decode(lengths_k), p)
 
 
+masked_sequences = st.lists(
+    st.tuples(
+        st.sampled_from(QUERY_LENGTHS),
+        st.sampled_from(KEY_LENGTHS),
+        st.sampled_from([0, 1, 5, 60, 400]),
+        st.integers(0, 3),
+    ),
+    min_size=1,
+    max_size=70,
+)
+
+
+@settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(sequences=masked_sequences, groups=st.integers(1, 6), p=parameter_sets())
+def test_plans_under_a_key_mask_equal_the_specification(emulation, sequences, groups, p):
+    """Each sequence by the longest of its lists."""
+    lengths_q, lengths_k, most, longest = zip(*sequences, strict=True)
+    lengths, extents = packed(lengths_q, lengths_k, behind=3)
+    counts = [
+        [n if g == which % groups else n // 2 for g in range(groups)] for n, which in zip(most, longest, strict=True)
+    ]
+    assert_equals_specification(lengths._replace(active_tiles=vector(counts)), extents, p)
+
+
 @pytest.mark.parametrize("lengths_k, splits", [([65536] * 4, 8), ([131072], 16)], ids=["4x65536", "1x131072"])
 def test_corrected_targets_fill_whole_rounds(emulation, lengths_k, splits):
     metadata = assert_equals_specification(*decode(lengths_k), parameters())

@@ -10,5 +10,6 @@ from tests.emulated.plan_checks import (  # noqa: F401
     test_no_bit_of_a_plan_depends_on_the_order_of_events,
     test_nothing_is_merged_where_nothing_is_split,
     test_packed_batches_equal_the_specification,
+    test_plans_under_a_key_mask_equal_the_specification,
     test_split_sequences_are_merged_and_others_left_alone,
 )

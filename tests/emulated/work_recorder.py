@@ -56,7 +56,7 @@ class Recorder:
             tile, found = order.decode(number, found)
             seqlens = found.seqlens
             if cute.arch.lane_idx() == 0:
-                for i, word in enumerate((*tile, seqlens.offset_q, seqlens.rows_q)):
+                for i, word in enumerate((*tile[:6], seqlens.offset_q, seqlens.rows_q)):
                     tensors.seen[number, i] = word
                 cute.arch.atomic_add(tensors.taken.iterator + number, Int32(1))
             number = scheduler.next(number, turn)

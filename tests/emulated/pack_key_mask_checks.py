@@ -1,0 +1,114 @@
+"""The kernel that packs key masks, against active_tiles.py's plain form; test_pack_key_mask_sm90.py runs this."""
+
+import pytest
+import torch
+
+from flash_attn_cute.active_tiles import KeyTensors, ListShape, PreparedPacking, active_tiles_of
+from tests.attention_cases import cu_seqlens
+
+CUDA = "cuda"
+TILE_N = 32
+LENGTHS = [0, 5 * TILE_N, 3, 40 * TILE_N + 1, TILE_N, 700, 0, 1]
+
+
+def sparse_mask(*shape, seed=0, kept=0.01):
+    """Few keys are kept, so that most KV tiles are hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, generator=generator) < kept
+
+
+def vector(values):
+    return torch.tensor(values, dtype=torch.int32, device=CUDA)
+
+
+def batched(lengths):
+    return sparse_mask(len(lengths), max(lengths) + 3, 2), KeyTensors(seqused_k=vector(lengths)), max(lengths) + 3
+
+
+def paged(lengths, page_size=24):
+    counts = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(counts) + 2, generator=torch.Generator().manual_seed(2)).tolist()
+    width = max(counts) + 1
+    # Entries of pages without keys are not read.
+    table = vector([[order.pop() for _ in range(count)] + [-9] * (width - count) for count in counts])
+    keys = KeyTensors(seqused_k=vector(lengths), page_table=table)
+    return sparse_mask(sum(counts) + 2, page_size, 2), keys, width * page_size
+
+
+def cases():
+    total = sum(LENGTHS)
+    of_packed = KeyTensors(cu_seqlens(LENGTHS, CUDA))
+    yield "packed", sparse_mask(total, 2), of_packed, total
+    used = KeyTensors(of_packed.cu_seqlens_k, vector([max(length - 7, 0) for length in LENGTHS]))
+    yield "packed, less of it used", sparse_mask(total, 2), used, total
+    yield "nothing is kept", torch.zeros(total, 2, dtype=torch.bool), of_packed, total
+    yield "all is kept", torch.ones(total, 2, dtype=torch.bool), of_packed, total
+    yield "heads first", sparse_mask(2, total).T, of_packed, total
+    yield "batched", *batched(LENGTHS)
+    yield "all of batched", sparse_mask(3, 300, 2), KeyTensors(), 300
+    mask, keys, extent = batched(LENGTHS)
+    leftpad = vector([min(9, length) for length in LENGTHS])
+    yield "left padding", mask, keys._replace(leftpad_k=leftpad), extent
+    rows = vector([7, 0, 3, 3, 1, 2, 5, 4])
+    yield "rows of a cache", mask, keys._replace(cache_batch_idx=rows), extent
+    yield "paged", *paged(LENGTHS)
+    mask, keys, extent = paged(LENGTHS)
+    yield "paged, left padding", mask, keys._replace(leftpad_k=leftpad), extent
+
+
+CASES = {name: case for name, *case in cases()}
+TEAMS = {"warp": (1, 1), "CTA": (1, 4), "cluster": (2, 4)}
+
+
+def pack(mask, keys, shape, monkeypatch, team):
+    monkeypatch.setattr(ListShape, "team", property(lambda self: team))
+    page_size = mask.shape[1] if keys.page_table is not None else None
+    return PreparedPacking.of("sm_90a", shape, keys, page_size).run(mask.to(CUDA).view(torch.uint8), keys)
+
+
+def assert_lists(active, expected, shape, keys):
+    starts = None if keys.cu_seqlens_k is None else keys.cu_seqlens_k.tolist()
+    assert active.counts.tolist() == [[len(of_group) for of_group in lists] for lists in expected]
+    for b, lists in enumerate(expected):
+        for group, wanted in enumerate(lists):
+            if starts is None:
+                found = active.tiles[group, b]
+            else:
+                found = active.tiles[group, starts[b] // shape.tile_n + b :]
+            assert found[: len(wanted)].tolist() == wanted, (b, group)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+def test_lists_equal_the_specification(emulation, monkeypatch, team):
+    emulation.reschedule("random", 1)
+    for mask, keys, extent in CASES.values():
+        for groups in (2, 1):
+            batch_size = next((len(x) - (i == 0) for i, x in enumerate(keys) if x is not None), mask.shape[0])
+            shape = ListShape(TILE_N, batch_size, groups, 2 // groups, keys.cu_seqlens_k is not None, extent)
+            active = pack(mask, keys, shape, monkeypatch, TEAMS[team])
+            assert_lists(active, active_tiles_of(mask, keys, shape), shape, keys)
+    emulation.reschedule("in-order")
+
+
+@pytest.mark.parametrize("tile_n", [80, 176])
+def test_tiles_that_no_warp_divides(emulation, monkeypatch, tile_n):
+    mask, keys, extent = CASES["packed"]
+    shape = ListShape(tile_n, len(LENGTHS), 2, 1, True, extent)
+    assert_lists(pack(mask, keys, shape, monkeypatch, (1, 4)), active_tiles_of(mask, keys, shape), shape, keys)
+
+
+def test_sequences_of_several_rounds(emulation, monkeypatch):
+    """More KV tiles than a team has bits."""
+    lengths = [70 * TILE_N, 1, 33 * TILE_N, 200 * TILE_N]
+    keys, total = KeyTensors(cu_seqlens(lengths, CUDA)), sum(lengths)
+    mask = sparse_mask(total, 1, kept=0.02)
+    shape = ListShape(TILE_N, len(lengths), 1, 1, True, total)
+    for team in ((1, 1), (1, 4)):
+        assert_lists(pack(mask, keys, shape, monkeypatch, team), active_tiles_of(mask, keys, shape), shape, keys)
+
+
+def test_a_length_beyond_its_room_stays_within_its_list(emulation, monkeypatch):
+    keys = KeyTensors(seqused_k=vector([5000, 10]), page_table=torch.zeros(2, 4, dtype=torch.int32, device=CUDA))
+    shape = ListShape(TILE_N, 2, 1, 1, False, 4 * 24)
+    active = pack(torch.ones(1, 24, 1, dtype=torch.bool), keys, shape, monkeypatch, (1, 1))
+    assert active.counts.tolist() == [[3], [1]] and active.tiles[0, 0].tolist() == [0, 1, 2]
