@@ -189,6 +189,40 @@ def on_cpu(tensors: AttentionTensors) -> AttentionTensors:
     return AttentionTensors(*(tensor if tensor is None else tensor.cpu() for tensor in tensors))
 
 
+def rows_of_keys(tensors: AttentionTensors, index: int) -> tuple[Tensor, ...]:
+    """Where the keys of a sequence are in k, a key_mask or a key_bias: what to index them with."""
+    t = tensors
+    first = 0 if t.leftpad_k is None else int(t.leftpad_k[index])
+    start = 0 if t.cu_seqlens_k is None else int(t.cu_seqlens_k[index])
+    if t.seqused_k is not None:
+        end = int(t.seqused_k[index])
+    else:
+        end = t.k.shape[1] if t.cu_seqlens_k is None else int(t.cu_seqlens_k[index + 1]) - start
+    positions = torch.arange(first, max(end, first), device=t.k.device)
+    if t.cu_seqlens_k is not None:
+        return (start + positions,)
+    if t.page_table is not None:
+        return t.page_table[index][positions // t.k.shape[1]].long(), positions % t.k.shape[1]
+    row = index if t.cache_batch_idx is None else int(t.cache_batch_idx[index])
+    return torch.full_like(positions, row), positions
+
+
+def hide_spans(tensors: AttentionTensors, span: int, *, kept: float = 0.4, seed: int = 0) -> AttentionTensors:
+    """The same call, with spans of that many keys hidden whole (from the first key of each sequence on): in about half
+    of those that are not kept, from all heads of the mask."""
+    batch_size = len(tensors.seqused_k) if tensors.seqused_k is not None else len(tensors.cu_seqlens_k) - 1
+    mask, generator = tensors.key_mask.clone(), torch.Generator().manual_seed(seed)
+    for b in range(batch_size):
+        rows = rows_of_keys(tensors, b)
+        for first in range(0, len(rows[0]), span):
+            heads = torch.rand(mask.shape[-1], generator=generator) < kept
+            if torch.rand((), generator=generator) < (1 - kept) / 2:
+                heads[:] = False
+            of_span = tuple(row[first : first + span] for row in rows)
+            mask[of_span] &= heads.to(mask.device)
+    return tensors._replace(key_mask=mask)
+
+
 def sequence_alone(tensors: AttentionTensors, index: int) -> AttentionTensors:
     """One sequence of a packed call, copied out, as a packed call of its own."""
     q_start, q_stop = tensors.cu_seqlens_q[index : index + 2].tolist()

@@ -15,7 +15,7 @@ LENGTHS_Q, LENGTHS_K = [1, 150, 0, 3, 2], [1500, 700, 40, 0, 20]
 NUM_SMS = 64
 
 
-def plan_of(tensors, num_splits=0, seqlen_k_per_split=None, num_sms=NUM_SMS, **options):
+def plan_of(tensors, num_splits=0, seqlen_k_per_split=None, num_sms=NUM_SMS, key_mask=None, **options):
     problem = problem_of(tensors, **options)
     return get_scheduler_metadata(
         problem.batch_size,
@@ -30,6 +30,8 @@ def plan_of(tensors, num_splits=0, seqlen_k_per_split=None, num_sms=NUM_SMS, **o
         seqused_q=tensors.seqused_q,
         seqused_k=tensors.seqused_k,
         total_q=problem.total_q if problem.q_packed else None,
+        key_mask=key_mask,
+        page_table=None if key_mask is None else tensors.page_table,
         causal=options.get("causal", False),
         window_size=options.get("window_size", (None, None)),
         num_splits=num_splits,
