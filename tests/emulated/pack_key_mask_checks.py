@@ -18,7 +18,7 @@ def sparse_mask(*shape, seed=0, kept=0.01):
 
 
 def vector(values):
-    return torch.tensor(values, dtype=torch.int32, device=CUDA)
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def batched(lengths):
@@ -37,7 +37,7 @@ def paged(lengths, page_size=24):
 
 def cases():
     total = sum(LENGTHS)
-    of_packed = KeyTensors(cu_seqlens(LENGTHS, CUDA))
+    of_packed = KeyTensors(cu_seqlens(LENGTHS))
     yield "packed", sparse_mask(total, 2), of_packed, total
     used = KeyTensors(of_packed.cu_seqlens_k, vector([max(length - 7, 0) for length in LENGTHS]))
     yield "packed, less of it used", sparse_mask(total, 2), used, total
@@ -64,12 +64,15 @@ TEAMS = {"warp": (1, 1, ["packed"]), "CTA": (1, 4, list(CASES)), "cluster": (2, 
 def pack(mask, keys, shape, monkeypatch, team):
     monkeypatch.setattr(ListShape, "team", property(lambda self: team))
     page_size = mask.shape[1] if keys.page_table is not None else None
+    keys = KeyTensors(*(None if x is None else x.to(CUDA) for x in keys))
     return PreparedPacking.of("sm_90a", shape, keys, page_size).run(mask.to(CUDA).view(torch.uint8), keys)
 
 
-def assert_lists(active, expected, shape, keys):
-    starts = None if keys.cu_seqlens_k is None else keys.cu_seqlens_k.tolist()
+def assert_packs(mask, keys, shape, monkeypatch, team):
+    """The lists are those of the specification."""
+    active, expected = pack(mask, keys, shape, monkeypatch, team), active_tiles_of(mask, keys, shape)
     assert active.counts.tolist() == [[len(of_group) for of_group in lists] for lists in expected]
+    starts = None if keys.cu_seqlens_k is None else keys.cu_seqlens_k.tolist()
     for b, lists in enumerate(expected):
         for group, wanted in enumerate(lists):
             if starts is None:
@@ -79,37 +82,40 @@ def assert_lists(active, expected, shape, keys):
             assert found[: len(wanted)].tolist() == wanted, (b, group)
 
 
+def assert_case_packs(name, monkeypatch, team):
+    """A list for each of two heads, and one for both."""
+    mask, keys, extent = CASES[name]
+    batch_size = next((len(x) - (i == 0) for i, x in enumerate(keys) if x is not None), mask.shape[0])
+    for groups in (2, 1):
+        shape = ListShape(TILE_N, batch_size, groups, 2 // groups, keys.cu_seqlens_k is not None, extent)
+        assert_packs(mask, keys, shape, monkeypatch, team)
+
+
 @pytest.mark.parametrize("team", TEAMS)
 def test_lists_equal_the_specification(emulation, monkeypatch, team):
     emulation.reschedule("random", 1)
     *size, names = TEAMS[team]
-    for mask, keys, extent in map(CASES.get, names):
-        for groups in (2, 1):
-            batch_size = next((len(x) - (i == 0) for i, x in enumerate(keys) if x is not None), mask.shape[0])
-            shape = ListShape(TILE_N, batch_size, groups, 2 // groups, keys.cu_seqlens_k is not None, extent)
-            active = pack(mask, keys, shape, monkeypatch, tuple(size))
-            assert_lists(active, active_tiles_of(mask, keys, shape), shape, keys)
+    for name in names:
+        assert_case_packs(name, monkeypatch, tuple(size))
     emulation.reschedule("in-order")
 
 
 def test_tiles_that_no_warp_divides(emulation, monkeypatch):
     mask, keys, extent = CASES["packed"]
-    shape = ListShape(80, len(LENGTHS), 2, 1, True, extent)
-    assert_lists(pack(mask, keys, shape, monkeypatch, (1, 4)), active_tiles_of(mask, keys, shape), shape, keys)
+    assert_packs(mask, keys, ListShape(80, len(LENGTHS), 2, 1, True, extent), monkeypatch, (1, 4))
 
 
 def test_sequences_of_several_rounds(emulation, monkeypatch):
     """More KV tiles than a team has bits."""
     lengths = [70 * TILE_N, 1, 33 * TILE_N, 200 * TILE_N]
-    keys, total = KeyTensors(cu_seqlens(lengths, CUDA)), sum(lengths)
+    keys, total = KeyTensors(cu_seqlens(lengths)), sum(lengths)
     mask = sparse_mask(total, 1, kept=0.02)
-    shape = ListShape(TILE_N, len(lengths), 1, 1, True, total)
     for team in ((1, 1), (1, 4)):
-        assert_lists(pack(mask, keys, shape, monkeypatch, team), active_tiles_of(mask, keys, shape), shape, keys)
+        assert_packs(mask, keys, ListShape(TILE_N, len(lengths), 1, 1, True, total), monkeypatch, team)
 
 
 def test_a_length_beyond_its_room_stays_within_its_list(emulation, monkeypatch):
-    keys = KeyTensors(seqused_k=vector([5000, 10]), page_table=torch.zeros(2, 4, dtype=torch.int32, device=CUDA))
+    keys = KeyTensors(seqused_k=vector([5000, 10]), page_table=torch.zeros(2, 4, dtype=torch.int32))
     shape = ListShape(TILE_N, 2, 1, 1, False, 4 * 24)
     active = pack(torch.ones(1, 24, 1, dtype=torch.bool), keys, shape, monkeypatch, (1, 1))
     assert active.counts.tolist() == [[3], [1]] and active.tiles[0, 0].tolist() == [0, 1, 2]
