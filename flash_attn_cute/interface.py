@@ -81,9 +81,10 @@ def flash_attn_varlen_func(
     softcap: c > 0 makes a score c * tanh(score / c).
     learnable_sink: (H,) logits that join the softmax and have no value.
     key_mask: bool, True keeps; (total_k, H*), (B or 1, Sk, H*) or (pages, page_size, H*), as k is, any strides. H* is
-        1, Hk or H, and query head h takes h // (H // H*). The same for every query of a sequence.
+        1, Hk or H, and query head h takes h // (H // H*). The same for every query of a sequence. Where a KV tile is
+        hidden from all heads of a query tile, Hopper does not visit it, which changes no bit.
     key_bias: bf16, fp16 or fp32, laid out likewise; added to a score after scale and softcap. -inf and the least finite
-        number of its dtype mask.
+        number of its dtype mask, but no KV tile is left out for that.
     attn_mask, attn_bias: a compatibility form, told apart by rank: 2 dimensions, (total_k, H*), are key_mask and
         key_bias of packed keys; 3 dimensions, (total_q, H*, max_seqlen_k) with packed queries, hold for each query what
         it is for the j-th key of its sequence. The two may differ; neither goes with its key-side namesake.
