@@ -6,6 +6,8 @@
 One run on one GPU: ceilings first, then for each case our call with a plan made before ("ours"), the same call captured
 and replayed ("ours graph"), the call that plans itself ("ours in-call"), the batch-invariant call, whose splits have
 one size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
+In the same rounds a kernel that only reads as many bytes ("read alone"): it says what of the distance to the floor is
+the launch, which every kernel pays for.
 Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
 Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
 made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
@@ -32,12 +34,13 @@ from benchmarks.rows import Row, best_seconds, run_once
 from benchmarks.serving import Bench, Benchmark, Case
 from benchmarks.serving_peers import ServingFlashAttention4
 from benchmarks.targets import Target
-from benchmarks.timing import host_seconds_per_call
+from benchmarks.timing import host_seconds_per_call, reader_of
 from benchmarks.variants import Variant, plan
 from benchmarks.verify import Check
 from benchmarks.workloads import Workload, ragged
 
 PLANNED = ("ours", "ours graph")
+READ_ALONE = "read alone"
 INVARIANT = ("ours invariant", "ours invariant graph")
 # A KV head's split of so many keys is 1 MiB, some 30 us of an SM's share of the bandwidth: coarse enough that merging
 # splits costs little, fine enough that the last of 131072 keys are not waited for.
@@ -110,6 +113,14 @@ def all_presets() -> list[Case]:
     return list(dict.fromkeys(case for preset in PRESETS.values() for case in preset()))
 
 
+def measure(case: Case, bench: Bench) -> Row:
+    """The row of a case, with `read_alone_seconds` beside it."""
+    prepared = bench.prepare(case, VARIANTS)
+    timings = bench.time(prepared.candidates | {READ_ALONE: reader_of(case.workload.min_bytes, bench.device)})
+    read_alone = timings.pop(READ_ALONE)
+    return prepared.row(bench.ceilings, timings) | {"read_alone_seconds": read_alone.seconds}
+
+
 def must_show(report: dict[str, Any]) -> list[Target]:
     """Rows that this run did not measure leave their line as "not measured"."""
     rows: dict[str, Row] = {row["name"]: row for row in report["rows"]}
@@ -124,6 +135,13 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         if None in times:
             return None
         return min(case.workload.min_bytes / t / read for case, t in zip(wanted, times, strict=True))
+
+    def of_read_alone(wanted: list[Case]) -> float | None:
+        """The worst of these cases, as a part of what a kernel that only reads as many bytes reaches."""
+        times = [time(case) for case in wanted]
+        if None in times:
+            return None
+        return min(rows[case.name]["read_alone_seconds"] / t for case, t in zip(wanted, times, strict=True))
 
     def small_pages(page_size: int) -> float | None:
         """Time over that of pages of 64, the worse of two workloads."""
@@ -153,6 +171,10 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         *(
             Target(f"host time of {name}", host.get(name), at_most=30.0, unit="us")
             for name in (OURS_VARLEN_PAGED, OURS_KVCACHE)
+        ),
+        *(
+            Target(f"{what}: worst part of what reading alone reaches", of_read_alone(PRESETS[preset]()), least)
+            for preset, what, least in READ_BANDWIDTH
         ),
     ]
 
@@ -211,11 +233,17 @@ def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
         rates = [row["results"].get(name, {}).get("terabytes_per_s") for name in names]
         best = best_seconds(row, PLANNED)
         share = row["min_bytes"] / best / 1e12 / read if best else None
-        lines.append([row["name"], *(show.figure(rate) for rate in rates), show.figure(share, "{:.1%}")])
+        alone = row["read_alone_seconds"]
+        shares = [show.figure(share, "{:.1%}"), show.figure(best and alone / best, "{:.1%}")]
+        lines.append([row["name"], *(show.figure(rate) for rate in rates), show.figure(alone * 1e6, "{:.1f}"), *shares])
     found = [
         show.row_table("Decode (d128, causal, bf16, 32/8 heads where not said)", rows, peers),
         show.time_table("Microseconds", rows, names),
-        show.Table("TB/s, and ours of the read bandwidth", ["workload", *names, "ours of read"], lines),
+        show.Table(
+            "TB/s; microseconds of reading alone; ours of the read bandwidth and of reading alone",
+            ["workload", *names, "read alone, us", "ours of read", "ours of read alone"],
+            lines,
+        ),
     ]
     if report.get("host_microseconds"):
         found.append(show.host_table(report["host_microseconds"]))
@@ -227,7 +255,7 @@ BENCHMARK = Benchmark(
     title="Decode over a KV cache",
     presets=PRESETS | {"all": all_presets},
     variants=VARIANTS,
-    measure=lambda case, bench: bench.measure(case, VARIANTS),
+    measure=measure,
     tables=tables,
     must_show=must_show,
     extra=measure_host_time,

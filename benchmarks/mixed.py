@@ -44,13 +44,18 @@ def mixed(name: str, chunks: int, tokens: int, context: int, decodes: int, keys:
     return replace(ragged(name, lens_q, lens_k), group="mixed")
 
 
-# Bound by memory, by arithmetic, by memory, and by both alike, where there is most to overlap.
-WORKLOADS = (
+# First chunks of a prompt, which are short work among so many decodes; and chunks that see 4096 keys before their own:
+# bound by arithmetic, and by both alike, where there is most to overlap.
+FIRST_CHUNKS = (
     mixed("2x1024 + 60x4096..8192", 2, 1024, 0, 60, (4096, 8192)),
-    mixed("4x2048 after 4096 + 96x2048..8192", 4, 2048, 4096, 96, (2048, 8192)),
     mixed("1x2048 + 120x2048..8192", 1, 2048, 0, 120, (2048, 8192)),
+    mixed("4x2048 + 96x2048..8192", 4, 2048, 0, 96, (2048, 8192)),
+)
+LATER_CHUNKS = (
+    mixed("4x2048 after 4096 + 96x2048..8192", 4, 2048, 4096, 96, (2048, 8192)),
     mixed("2x2048 after 4096 + 96x2048..8192", 2, 2048, 4096, 96, (2048, 8192)),
 )
+WORKLOADS = FIRST_CHUNKS + LATER_CHUNKS
 
 PRESETS = {
     "contiguous": lambda: [Case(workload) for workload in WORKLOADS],
@@ -98,7 +103,12 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         return None if None in times else max(times)
 
     return [
-        Target(f"prefill among decodes, {layout}, worst case: time over the larger floor", worst(preset()), at_most=1.3)
+        Target(
+            f"{chunks} chunks of prefill among decodes, {layout}, worst case: time over the larger floor",
+            worst([case for case in preset() if case.workload in workloads]),
+            at_most=1.3,
+        )
+        for chunks, workloads in (("first", FIRST_CHUNKS), ("later", LATER_CHUNKS))
         for layout, preset in PRESETS.items()
     ]
 

@@ -21,6 +21,7 @@ FLUSH_BYTES = 256 * 2**20
 HEAD_START_CYCLES = 400_000
 CEILING_MATMUL_SIZE = 8192
 CEILING_READ_BYTES = 4 * 2**30
+READ_BLOCK_BYTES = 2**15  # what a program of triton_read sums
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,17 @@ def measure_read_bandwidth(stopwatch: Stopwatch) -> tuple[float, str]:
     timings = time_interleaved(readers, stopwatch)
     method = min(timings, key=lambda name: timings[name].seconds)
     return CEILING_READ_BYTES / timings[method].seconds, method
+
+
+def reader_of(num_bytes: int, device: torch.device | str = "cuda") -> Callable[[], Any]:
+    """A call that reads so many bytes (a little more, to a whole block) and does nothing else.
+
+    A ceiling is measured on a buffer beside which a launch is nothing. Beside a short kernel it is not, whatever the
+    kernel does; a read of the same size pays for the same.
+    """
+    blocks = -(-num_bytes // READ_BLOCK_BYTES)
+    buffer = torch.zeros(blocks * READ_BLOCK_BYTES // 4, dtype=torch.float32, device=device)
+    return _triton_reader(buffer) or buffer.sum
 
 
 def _triton_reader(buffer: torch.Tensor) -> Callable[[], Any] | None:

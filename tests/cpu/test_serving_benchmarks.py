@@ -163,6 +163,8 @@ def report_of(rows: list[dict], **more) -> dict:
 class TestDecode:
     def at_bandwidth(self, part: float, **more) -> dict:
         rows = [answered(case, case.workload.min_bytes / (part * 4e12)) for case in decode.all_presets()]
+        for row in rows:  # reading alone at 0.99 of the bandwidth, the rest is its launch
+            row["read_alone_seconds"] = row["min_bytes"] / (0.99 * 4e12)
         return report_of(rows, **more)
 
     def test_cases_are_the_same_each_time_and_named_apart(self):
@@ -189,11 +191,18 @@ class TestDecode:
     def test_verdicts(self):
         host = dict.fromkeys((decode.OURS_VARLEN_PAGED, decode.OURS_KVCACHE), 29.0)
         met = decode.must_show(self.at_bandwidth(0.975, host_microseconds=host))
-        assert len(met) == 10
-        assert [target.verdict for target in met] == [*["pass"] * 7, "not measured", *["pass"] * 2]
+        assert len(met) == 15
+        assert [target.verdict for target in met] == [*["pass"] * 7, "not measured", *["pass"] * 7]
         assert met[0].figure == pytest.approx(0.975) and met[5].figure == pytest.approx(1.0)
+        assert met[10].figure == pytest.approx(0.975 / 0.99)
         verdicts = [target.verdict for target in decode.must_show(self.at_bandwidth(0.89))]
-        assert verdicts == ["FAIL", "FAIL", "FAIL", "pass", "pass", "pass", "pass", *["not measured"] * 3]
+        long_enough = ["FAIL", "FAIL", "FAIL", "pass", "pass"]
+        assert verdicts == [*long_enough, "pass", "pass", *["not measured"] * 3, *long_enough]
+
+    def test_a_row_holds_a_read_of_as_many_bytes(self, monkeypatch):
+        monkeypatch.setattr(decode, "VARIANTS", (Variant("ours"),))
+        row = decode.measure(Case(SMALL, 4), small_bench())
+        assert row["read_alone_seconds"] == pytest.approx(1e-6) and list(row["results"]) == ["ours"]
 
     def test_the_worst_case_and_small_pages_decide(self):
         report = self.at_bandwidth(0.98)
@@ -268,7 +277,7 @@ class TestDecode:
         row["results"]["flashinfer"] = {"error": "ImportError: x"}
         assert decode.BENCHMARK.finish(report, ["flashinfer"], options) == 0
         written = json.loads((tmp_path / "r.json").read_text())
-        assert [target["verdict"] for target in written["targets"]].count("pass") == 8
+        assert [target["verdict"] for target in written["targets"]].count("pass") == 13
         text = (tmp_path / "r.md").read_text()
         assert text.startswith("# Decode over a KV cache") and f"{case.name}: flashinfer: ImportError: x" in text
         assert "98.0%" in text
@@ -292,7 +301,7 @@ class TestMixed:
             assert all(k >= 2048 for q, k in zip(workload.lens_q, workload.lens_k, strict=True) if q == 1)
         bounds = {w.flops / 8e14 > w.min_bytes / 4.4e12 for w in mixed.WORKLOADS}
         assert bounds == {True, False}  # some are bound by arithmetic, some by memory
-        assert mixed.all_presets() == mixed.all_presets() and len(mixed.all_presets()) == 8
+        assert mixed.all_presets() == mixed.all_presets() and len(mixed.all_presets()) == 10
 
     def test_parts_make_the_whole(self):
         for workload in mixed.WORKLOADS:
@@ -318,10 +327,10 @@ class TestMixed:
                 answered(case, over_floor * case.workload.floor_seconds(8e14, 4e12)) for case in mixed.all_presets()
             ]
 
-        assert [target.verdict for target in mixed.must_show(report_of(rows(1.29)))] == ["pass", "pass"]
+        assert [target.verdict for target in mixed.must_show(report_of(rows(1.29)))] == ["pass"] * 4
         slow = rows(1.0)
-        slow[0] = rows(1.31)[0]  # the first case is paged
-        assert [target.verdict for target in mixed.must_show(report_of(slow))] == ["pass", "FAIL"]
+        slow[0] = rows(1.31)[0]  # the first case is paged, and of first chunks
+        assert [target.verdict for target in mixed.must_show(report_of(slow))] == ["pass", "FAIL", "pass", "pass"]
         assert {target.verdict for target in mixed.must_show(report_of(slow[1:]))} == {"pass", "not measured"}
         slow[0]["results"]["ours"]["correct"] = False
         assert mixed.must_show(report_of(slow))[1].verdict == "not measured"
@@ -409,6 +418,7 @@ class TestMain:
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(decode, "VARIANTS", (Variant("ours"),))
         monkeypatch.setattr(serving, "CudaStopwatch", TickingStopwatch)
         monkeypatch.setattr(serving, "measure_ceilings", lambda stopwatch: CEILINGS)
         monkeypatch.setattr(serving, "provenance", lambda commit: {"gpu": "G", "date": "D", "commit": commit})
@@ -416,7 +426,7 @@ class TestMain:
         def measure(case, bench):
             if case.page_size:
                 raise RuntimeError("illegal memory access")
-            return replace(bench, device="cpu").measure(case, (Variant("ours"),))
+            return decode.measure(case, replace(bench, device="cpu"))
 
         benchmark = replace(
             decode.BENCHMARK,
