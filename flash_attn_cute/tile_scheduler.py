@@ -378,14 +378,14 @@ class TileMailbox:
         return (*words, *[Int32(0)] * (self.words - len(words)))
 
     @cute.jit
-    def wait_sent(self, position: RingPosition, seqlens: Seqlens):
+    def wait_sent(self, position: RingPosition, keys: Int32):
         """Before the next tile is looked for: until a slot is free and, behind a long tile, nobody has yet to start it.
 
         Short tiles need one in hand, so that the next loads start while they are computed; behind a long one it would
-        only be lost to CTAs that run out of work.
+        only be lost to CTAs that run out of work. keys: of the tile.
         """
         self.ring.wait_empty(position)
-        if seqlens.len_k >= LONG_TILE_KEYS:
+        if keys >= LONG_TILE_KEYS:
             self.ring.wait_empty(position.next())
 
     @cute.jit

@@ -7,10 +7,10 @@ ranges of KV tiles (`KvRange`), and what is in an entry says which KV tile it is
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 from flash_attn_cute.device.kv_range import KvRange, Window
-from flash_attn_cute.device.search import last_at_most
+from flash_attn_cute.device.search import WARP, last_at_most
 from flash_attn_cute.device.seqlens import Seqlens
 
 
@@ -56,7 +56,15 @@ class ActiveTiles(NamedTuple):
 
 @cute.jit
 def _count_before(tiles_of_list: cute.Tensor, count: Int32, tile: Int32) -> Int32:
+    """Numbers of a list below `tile`. Near the end of the list, where the ranges of decodes lie, one load tells."""
     before = Int32(0)
     if tile > 0:
-        before = last_at_most(tiles_of_list, count, tile - 1) + 1
+        from_end = count - 1 - cute.arch.lane_idx()
+        is_behind = Boolean(False)
+        if from_end >= 0:
+            is_behind = tiles_of_list[from_end] >= tile
+        behind = Int32(cute.arch.popc(cute.arch.vote_ballot_sync(is_behind)))
+        before = count - behind
+        if behind == WARP:
+            before = last_at_most(tiles_of_list, count - WARP, tile - 1) + 1
     return before

@@ -33,6 +33,11 @@ def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: Forwar
         clear_rows(spec, work, seqlens, tensors)
 
 
+def _keys(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens) -> Int32:
+    """That a work tile meets, or more."""
+    return work.entries.num_tiles() * spec.tile.tile_n if spec.skips else seqlens.len_k
+
+
 @cute.jit
 def prefetch_lengths(tensors: ForwardTensors):
     """Starts to bring what tiles are found with close to this SM, as far as a line a lane reaches.
@@ -87,7 +92,7 @@ def schedule(
                 mailbox.send(position, tile, seqlens)
                 position = position.next()
                 # Only now: a number taken early is work that an idle CTA cannot have.
-                mailbox.wait_sent(position, seqlens)
+                mailbox.wait_sent(position, _keys(spec, tile, seqlens))
             else:
                 _settle(spec, tile, seqlens, tensors)
         number = scheduler.next(number, turn)

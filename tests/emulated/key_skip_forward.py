@@ -79,6 +79,10 @@ def test_splits(emulation, monkeypatch):
     options = {"causal": True, "max_seqlen_q": 5}
     # Absolute boundaries stay where they are.
     assert_neutral(monkeypatch, tensors, seqlen_k_per_split=SPAN, **options)
+    # Lists so long that most boundaries are far from their ends.
+    long = build_tensors([1], [9000], **PLAIN, key_mask_heads=2, sink_dtype=torch.float32)
+    long.key_mask[3000:3300] = False
+    assert_neutral(monkeypatch, long, seqlen_k_per_split=1024, **options)
     # Splits by the batch share what is left. A plan of any mask is right, and follows its own.
     masks = (None, torch.ones_like(tensors.key_mask), tensors.key_mask)
     plans = [plan_of(tensors, key_mask=mask, **options) for mask in masks]
