@@ -112,31 +112,26 @@ class ListShape(NamedTuple):
 
 
 def active_tiles_of(mask: Tensor, keys: KeyTensors, shape: ListShape) -> list[list[list[int]]]:
-    """[sequence][group]: the list, in plain Python. The specification of the packing kernel.
+    """[sequence][group]: the list, on the host. The specification of the packing kernel.
 
     mask: bool, (total_k, H*), (B or 1, Sk, H*) or (pages, page_size, H*).
     """
     mask = mask.cpu()
-    cu, used, leftpad, table, rows = (None if x is None else x.tolist() for x in keys)
+    cu, used, leftpad, table, rows = (None if x is None else x.cpu() for x in keys)
     lists = []
     for b in range(shape.batch_size):
-        first = leftpad[b] if leftpad is not None else 0
-        end = used[b] if used is not None else cu[b + 1] - cu[b] if cu is not None else shape.keys
-        positions = range(first, max(end, first))
+        first = 0 if leftpad is None else int(leftpad[b])
+        end = int(used[b]) if used is not None else shape.keys if cu is None else int(cu[b + 1] - cu[b])
+        positions = torch.arange(first, max(end, first))
         if table is not None:
-            size = mask.shape[1]
-            of_keys = [mask[table[b][i // size], i % size] for i in positions]
+            of_keys = mask[table[b][positions // mask.shape[1]].long(), positions % mask.shape[1]]
         elif cu is not None:
-            of_keys = [mask[cu[b] + i] for i in positions]
+            of_keys = mask[int(cu[b]) + positions]
         else:
-            row = rows[b] if rows is not None else b
-            of_keys = list(mask[row if mask.shape[0] > 1 else 0, first : max(end, first)])
-        of_groups = []
-        for group in range(shape.groups):
-            heads = slice(group * shape.heads_per_group, (group + 1) * shape.heads_per_group)
-            active = {key // shape.tile_n for key, keeps in enumerate(of_keys) if bool(keeps[heads].any())}
-            of_groups.append(sorted(active))
-        lists.append(of_groups)
+            row = b if rows is None else int(rows[b])
+            of_keys = mask[row if mask.shape[0] > 1 else 0][positions]
+        seen = of_keys.view(-1, shape.groups, shape.heads_per_group).any(dim=2)
+        lists.append([(of_group.nonzero() // shape.tile_n).unique().tolist() for of_group in seen.T])
     return lists
 
 

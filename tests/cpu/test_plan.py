@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash_attn_cute import SchedulerMetadata, get_scheduler_metadata
+from flash_attn_cute.active_counts import active_counts
+from flash_attn_cute.active_tiles import KeyTensors, ListShape
 from flash_attn_cute.launch import Target, unsupported
 from flash_attn_cute.plan import (
     GRANULARITIES,
@@ -218,9 +220,56 @@ def test_get_scheduler_metadata_on_the_cpu():
     assert empty.virtual_batch_idx.shape == (0,) and empty.cu_total_m_blocks.tolist() == [0]
 
 
+def planned_splits(**options):
+    """Of each sequence, by its real index."""
+    m = get_scheduler_metadata(2, 1, 131072, 32, 8, 128, causal=True, **options)
+    return [
+        splits for _, splits in sorted(zip(m.virtual_batch_idx.tolist(), m.num_splits_dynamic.tolist(), strict=True))
+    ]
+
+
+def test_a_plan_follows_its_key_mask_in_every_layout():
+    cu_seqlens, used = torch.tensor([0, 100, 131172]).int(), torch.tensor([100, 131072]).int()
+    whole = planned_splits(seqused_k=used)
+    few = torch.arange(131172)[:, None] % 4096 < torch.tensor([0, 100])  # of the second of two KV heads, one in 32
+    few = few.repeat(1, 4)
+    packed = planned_splits(cu_seqlens_k=cu_seqlens, key_mask=few)
+    batched = planned_splits(seqused_k=used, key_mask=torch.stack([few[:131072], few[100:]]))
+    pages = torch.cat([few[100:], few[:256]]).view(-1, 256, 8)
+    table = torch.arange(512).int().expand(2, -1).clone()
+    table[0, 0] = 512
+    paged = planned_splits(seqused_k=used, key_mask=pages, page_table=table)
+    assert whole[1] > 1 and packed == batched == paged == planned_splits(seqused_k=torch.tensor([100, 4224]).int())
+    shared = torch.ones(1, 131072, 1, dtype=torch.bool)
+    assert planned_splits(seqused_k=used, key_mask=shared) == whole
+    # Left padding moves the keys into other KV tiles: those of one tile lie in two.
+    one_tile = torch.zeros(2, 131072, 1, dtype=torch.bool)
+    one_tile[1, 128 * 100 : 128 * 101] = True
+    keys = KeyTensors(seqused_k=used)
+    shape = ListShape.of(128, 2, 1, 32, 8, True, False, 131072)
+    assert active_counts(one_tile, keys, shape, "sm_90a", "reference").tolist() == [[0], [1]]
+    padded = keys._replace(leftpad_k=torch.tensor([0, 5]).int())
+    assert active_counts(one_tile, padded, shape, "sm_90a", "reference").tolist() == [[0], [2]]
+
+
+MASK = torch.ones(3, 64, 8, dtype=torch.bool)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"key_mask": [True]}, "key_mask: got list"),
+        ({"key_mask": MASK.float()}, r"key_mask: got torch.float32 of shape \(3, 64, 8\)"),
+        ({"key_mask": MASK[..., :5]}, r"key_mask: got torch.bool of shape \(3, 64, 5\); takes .* 1, 2 or 8"),
+        ({"key_mask": MASK[0]}, r"key_mask: got torch.bool of shape \(64, 8\); takes torch.bool of 3 dimensions"),
+        ({"key_mask": MASK[:2]}, "key_mask: got 2 rows; takes 1 or batch_size, 3"),
+        ({"key_mask": MASK.to("meta")}, "key_mask: got device meta"),
+        ({"key_mask": MASK, "page_table": torch.zeros(2, 4).int()}, "page_table: got torch.int32 of shape"),
+        ({"key_mask": MASK, "cache_leftpad": torch.zeros(3)}, "cache_leftpad: got torch.float32"),
+        (
+            {"key_mask": MASK[0], "cu_seqlens_k": torch.zeros(4).int(), "page_table": torch.zeros(3, 4).int()},
+            "cu_seqlens_k: got a tensor with page_table",
+        ),
         ({"batch_size": -1}, "batch_size: got -1"),
         ({"batch_size": 40000}, "seqused_k: got"),
         ({"num_heads": 3}, "num_heads: got 3"),
