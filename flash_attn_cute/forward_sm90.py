@@ -26,6 +26,7 @@ from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
 from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.query_bias import BiasOfQueries, QuerySide
 from flash_attn_cute.device.scheduling_warp import prefetch_lengths, schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.device.softmax import LOG2_E, OnlineSoftmax, tanh
@@ -104,6 +105,13 @@ class Consumer:
     p: cute.Tensor
     o: cute.Tensor
     softmax: OnlineSoftmax
+
+
+class Biases(NamedTuple):
+    """What a consumer thread adds to its scores, if anything."""
+
+    of_keys: BiasOfRows | None
+    of_queries: BiasOfQueries | None
 
 
 @dataclass(frozen=True)
@@ -578,9 +586,12 @@ class ForwardSm90:
         masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
         full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
         rings.k.release_converged(kv_position)
-        bias = None
+        bias = Biases(None, None)
         if const_expr(self.spec.key_side is not None):
-            bias = BiasOfRows.create(self.spec, rows, column, stages.bias, rings.bias)
+            bias = bias._replace(of_keys=BiasOfRows.create(self.spec, rows, column, stages.bias, rings.bias))
+        if const_expr(self.spec.query_side is not None):
+            source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
+            bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))
         last = kv_tile(self.spec, work, tensors, kv.end - 1)
         self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)
@@ -589,8 +600,11 @@ class ForwardSm90:
                 number = kv_tile(self.spec, work, tensors, kv.end - 2 - i)
                 self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
-        for _ in cutlass.range(masked_end - full_first, unroll=1):
-            self._step(me, rings, q_position, kv_position, scalars, None, bias, None)
+        for i in cutlass.range(masked_end - full_first, unroll=1):
+            number = None
+            if const_expr(bias.of_queries is not None):
+                number = kv_tile(self.spec, work, tensors, masked_end - 1 - i)
+            self._step(me, rings, q_position, kv_position, scalars, None, bias, number)
             kv_position = kv_position.next()
         if const_expr(window.left is not None):
             for i in cutlass.range(full_first - kv.first, unroll=1):
@@ -613,7 +627,7 @@ class ForwardSm90:
     ):
         """Scores of this KV tile, and meanwhile the output product of the one before, which is at `position`.
 
-        number: of the KV tile, where `limits` mask it.
+        number: of the KV tile, where `limits` mask it or something is added for each query.
         """
         following = position.next()
         self._wait_keys(rings.k, following)
@@ -666,8 +680,10 @@ class ForwardSm90:
             factor = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(cute.size(s)):
                 s[i] = tanh(s[i] * factor)
-        if const_expr(bias is not None):
-            bias.add(s, position)
+        if const_expr(bias.of_keys is not None):
+            bias.of_keys.add(s, position)
+        if const_expr(bias.of_queries is not None):
+            bias.of_queries.add(s, number)
         if const_expr(limits is not None):
             mask_scores(s, limits, number, self.spec.tile.tile_n)
         me.softmax.update(s)

@@ -11,6 +11,7 @@ from flash_attn_cute.device.divisor import Divisor
 from flash_attn_cute.device.key_bias import ALL_HEADS, KV_HEADS, KeySideSpec, Place
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.paged_kv import PageTable
+from flash_attn_cute.device.query_bias import QuerySideSpec
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors, row_of_cache
 from flash_attn_cute.tile_scheduler import PlannedOrder, PlannedWork, TileOrder, WorkTile
 from flash_attn_cute.tuning import Sm90Tile, Sm100Tile
@@ -34,6 +35,7 @@ class ForwardSpec:
     gathers: bool = False  # rows of paged keys are gathered with cp.async
     key_side: KeySideSpec | None = None
     skips: bool = False  # KV tiles that the key mask hides whole are not visited
+    query_side: QuerySideSpec | None = None
 
     @property
     def packed(self) -> bool:
@@ -81,6 +83,8 @@ class ForwardTensors(NamedTuple):
     key_mask: cute.Tensor | None = None  # uint8; as key_bias (total_k, H*), (B, Sk, H*) or (pages, page_size, H*)
     key_bias: cute.Tensor | None = None
     active: ActiveTiles | None = None  # where the kernel skips
+    query_mask: cute.Tensor | None = None  # uint8; as query_bias (total_q, H*, max_seqlen_k)
+    query_bias: cute.Tensor | None = None
 
     @property
     def packed_q(self) -> bool:
@@ -114,7 +118,7 @@ class ForwardScalars(NamedTuple):
     combine_x: Int32  # the grid of the combine launch, where the kernel was compiled with splits
     combine_y: Int32
     by_page_size: Divisor  # read where keys are paged
-    bias_factor: Float32  # read where there is a key-side bias: 1 over the scale of scores, or over their soft cap
+    bias_factor: Float32  # read where there is a bias: 1 over the scale of scores, or over their soft cap
 
 
 def seqlen_source(tensors: ForwardTensors, scalars: ForwardScalars) -> SeqlenSource:

@@ -87,7 +87,8 @@ def flash_attn_varlen_func(
         number of its dtype mask, but no KV tile is left out for that.
     attn_mask, attn_bias: a compatibility form, told apart by rank: 2 dimensions, (total_k, H*), are key_mask and
         key_bias of packed keys; 3 dimensions, (total_q, H*, max_seqlen_k) with packed queries, hold for each query what
-        it is for the j-th key of its sequence. The two may differ; neither goes with its key-side namesake.
+        it is for the j-th key of its sequence. The two may differ; neither goes with its key-side namesake. In the
+        CuTe kernels NaN in a value spreads to queries that alone of others hide it.
     pack_gqa: put the query heads of a KV head into one query tile; None chooses. It never changes the result.
     num_splits: how many CTAs may share the keys of a query tile: 1 never splits, 0 as the batch asks for, n at most n
         (up to 256). Splits are merged in fp32; with them a row's bits depend on the batch, unless seqlen_k_per_split is

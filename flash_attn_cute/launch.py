@@ -59,10 +59,12 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"dtype {problem.dtype}"
     if tiling is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
-    if problem.query_mask_heads is not None:
+    if architecture != "sm_90a" and problem.query_mask_heads is not None:
         return "attn_mask of each query"
-    if problem.query_bias_heads is not None:
+    if architecture != "sm_90a" and problem.query_bias_heads is not None:
         return "attn_bias of each query"
+    if problem.query_bias_dtype not in (None, *_DTYPE_NAMES):
+        return f"attn_bias of dtype {problem.query_bias_dtype}"
     if problem.scheduler == "clc" and architecture == "sm_90a":
         return "scheduler='clc', which Hopper does not have"
     if problem.seqlen_k_per_split is not None and problem.batch_size > MAX_BATCH:
@@ -157,6 +159,9 @@ class KernelKey(NamedTuple):
     key_mask: str | None = None  # how its heads belong to query heads
     key_bias: str | None = None
     key_bias_dtype: str | None = None
+    query_mask: str | None = None
+    query_bias: str | None = None
+    query_bias_dtype: str | None = None
 
     @property
     def tile(self) -> Sm90Tile | Sm100Tile:
@@ -205,6 +210,9 @@ class KernelKey(NamedTuple):
             key_mask=_key_side_heads(p, p.key_mask_heads),
             key_bias=_key_side_heads(p, p.key_bias_heads),
             key_bias_dtype=_DTYPE_NAMES.get(p.key_bias_dtype),
+            query_mask=_key_side_heads(p, p.query_mask_heads),
+            query_bias=_key_side_heads(p, p.query_bias_heads),
+            query_bias_dtype=_DTYPE_NAMES.get(p.query_bias_dtype),
         )
 
 
@@ -289,6 +297,7 @@ def compile_kernel(key: KernelKey) -> Any:
     from flash_attn_cute.device.active_tiles import ActiveTiles
     from flash_attn_cute.device.divisor import Divisor
     from flash_attn_cute.device.key_bias import KeySideSpec
+    from flash_attn_cute.device.query_bias import QuerySideSpec
     from flash_attn_cute.forward_and_combine import ForwardAndCombine
     from flash_attn_cute.forward_sm90 import ForwardSm90
     from flash_attn_cute.forward_sm100 import ForwardSm100
@@ -315,10 +324,11 @@ def compile_kernel(key: KernelKey) -> Any:
         shape = tuple(cute.sym_int() if extent is None else extent for extent in shape)
         return cute.runtime.make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=16)
 
-    def key_side(kind, element):
+    def of_scores(kind, element, rank):
+        """A mask or a bias: any strides."""
         if kind is None:
             return None
-        shape = tuple(cute.sym_int() for _ in range(2 if key.varlen_k else 3))
+        shape = tuple(cute.sym_int() for _ in range(rank))
         strides = tuple(cute.sym_int64() for _ in shape)
         return cute.runtime.make_fake_tensor(element, shape, stride=strides, assumed_align=element.width // 8)
 
@@ -344,13 +354,18 @@ def compile_kernel(key: KernelKey) -> Any:
         page_table=optional(paged, Int32, None, None),
         leftpad_k=optional(key.leftpad_k, Int32, None),
         cache_batch_idx=optional(key.cache_batch_idx, Int32, None),
-        key_mask=key_side(key.key_mask, cutlass.Uint8),
-        key_bias=key_side(key.key_bias, types.get(key.key_bias_dtype)),
+        key_mask=of_scores(key.key_mask, cutlass.Uint8, len(rank_k)),
+        key_bias=of_scores(key.key_bias, types.get(key.key_bias_dtype), len(rank_k)),
         active=ActiveTiles(*lists_to_compile(key.varlen_k)) if key.skips else None,
+        query_mask=of_scores(key.query_mask, cutlass.Uint8, 3),
+        query_bias=of_scores(key.query_bias, types.get(key.query_bias_dtype), 3),
     )
     spec_key_side = None
     if key.key_mask is not None or key.key_bias is not None:
         spec_key_side = KeySideSpec(key.key_mask, key.key_bias, LOWEST.get(key.key_bias_dtype, 0.0))
+    spec_query_side = None
+    if key.query_mask is not None or key.query_bias is not None:
+        spec_query_side = QuerySideSpec(key.query_mask, key.query_bias, LOWEST.get(key.query_bias_dtype, 0.0))
     spec = ForwardSpec(
         dtype,
         tile,
@@ -366,6 +381,7 @@ def compile_kernel(key: KernelKey) -> Any:
         gathers=key.page_span == 0,
         key_side=spec_key_side,
         skips=key.skips,
+        query_side=spec_query_side,
     )
     numbers = (Int32(0) for _ in ForwardScalars._fields[2:-2])
     scalars = ForwardScalars(Float32(1.0), Float32(1.0), *numbers, Divisor(Int32(1), Int32(1)), Float32(1.0))
@@ -553,7 +569,8 @@ class PreparedLaunch(NamedTuple):
         workspace = (None, None) if self.split is None else self.split.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, mask, bias, active)
-        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_keys), self.scalars)
+        of_scores = (*of_keys, *_query_side(tensors))
+        self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_scores), self.scalars)
         if target is not out:
             out.copy_(target)
         return out, lse
@@ -573,6 +590,15 @@ def _key_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
     return tuple(
         x.expand(sequences, -1, -1) if x is not None and x.dim() == 3 and x.shape[0] == 1 else x for x in (mask, bias)
     )
+
+
+def _query_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
+    """(mask as uint8, bias) of each query. Nothing is copied; where no sequence has a key there is a column all the
+    same, for a kernel to read and drop."""
+    mask, bias = tensors.query_mask, tensors.query_bias
+    if mask is not None:
+        mask = mask.view(torch.uint8)
+    return tuple(x if x is None or x.shape[2] else x.new_zeros(*x.shape[:2], 1) for x in (mask, bias))
 
 
 def _for_tma(x: Tensor, strides_suit: bool) -> Tensor:

@@ -14,7 +14,7 @@ from flash_attn_cute import launch, tuning
 from flash_attn_cute.problem import AttentionTensors, Problem
 from flash_attn_cute.scheduler_metadata import batch_shape
 
-BF16 = torch.bfloat16
+BF16, F32 = torch.bfloat16, torch.float32
 HOPPER = launch.Target("sm_90a", 132)
 
 
@@ -70,6 +70,8 @@ def test_key_tells_generated_code_apart():
         {"max_seqlen_q": 1},
         {"has_leftpad_k": True},
         {"has_cache_batch_idx": True},
+        *({f"{side}_mask_heads": heads} for side in ("key", "query") for heads in (1, 2, 8)),
+        *({f"{side}_bias_heads": 1, f"{side}_bias_dtype": kind} for side in ("key", "query") for kind in (BF16, F32)),
         *({"page_size": size, "max_pages": 4} for size in (128, 64, 4)),
     ]
     problems = [plain, *(dataclasses.replace(plain, **fields) for fields in changed)]
@@ -243,6 +245,19 @@ CONFIGURATIONS = {
     "d64-gathered-causal": {**GATHERED, "head_dim": 64, "head_dim_v": 64, "causal": True},
 }
 
+# Masks and biases of each query.
+HOPPER_CONFIGURATIONS = {
+    "d128-of-queries-causal-gqa4": {
+        "causal": True,
+        "qheads_per_kvhead": 4,
+        "packed": True,
+        "query_mask": "all",
+        "query_bias": "query",
+        "query_bias_dtype": "bf16",
+    },
+    "d128-of-queries-and-keys": {"key_bias": "kv", "key_bias_dtype": "bf16", "query_mask": "query", "causal": True},
+}
+
 _COMPILE = """
 import sys
 from flash_attn_cute import launch
@@ -281,10 +296,12 @@ if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
     BLACKWELL = [(architecture, name) for architecture in ("sm_100a", "sm_103a") for name in named]
 
 
-@pytest.mark.parametrize("architecture, name", [*(("sm_90a", name) for name in CONFIGURATIONS), *BLACKWELL])
+@pytest.mark.parametrize(
+    "architecture, name", [*(("sm_90a", name) for name in CONFIGURATIONS | HOPPER_CONFIGURATIONS), *BLACKWELL]
+)
 def test_compiles_without_spills(architecture, name, tmp_path):
     """In a process of its own: the architecture and the dump are read from the environment once."""
-    key = PLAIN._replace(architecture=architecture, **CONFIGURATIONS[name])
+    key = PLAIN._replace(architecture=architecture, **(CONFIGURATIONS | HOPPER_CONFIGURATIONS)[name])
     environment = os.environ | {
         "CUTE_DSL_ARCH": architecture,
         "CUTE_DSL_KEEP": "cubin",

@@ -25,6 +25,7 @@ from tests.attention_cases import (
     on_cpu,
     problem_of,
 )
+from tests.emulated.query_bias_forward import with_query_side
 from tests.kv_cache_cases import CacheCase, build
 from tests.kv_cache_matrix import assert_right
 
@@ -40,6 +41,7 @@ class Call(NamedTuple):
     build: dict[str, Any]  # how its tensors are built
     options: dict[str, Any]
     pairs: list[tuple[int, int]] = PREFILL  # query and key length of each sequence
+    of_queries: dict[str, Any] | None = None  # masks and biases of each query
 
 
 def _paged(page_size: int, **build: Any) -> dict[str, Any]:
@@ -76,6 +78,8 @@ CALLS = [
     Call("bias, pages of 16", _paged(16, key_bias_heads=4, key_mask_heads=2), {"causal": True}),
     Call("bias, decode, pages of 64", _paged(64, heads=8, key_bias_heads=8, key_mask_heads=1), FEW_ROWS, DECODE),
     Call("bias, decode, pages of 1", _paged(1, heads=8, key_bias_heads=1, key_mask_heads=8), FEW_ROWS, DECODE),
+    Call("of queries", D128, {"causal": True, "pack_gqa": True}, of_queries={"mask_heads": 1, "bias_heads": 4}),
+    Call("of queries, decode, pages of 16", _paged(16), FEW_ROWS, DECODE, of_queries={"bias_heads": 2}),
 ]
 # Calls of `flash_attn_with_kvcache`: new keys, rotated, and queries over all of them.
 APPENDS = {
@@ -88,9 +92,14 @@ APPENDS = {
 def run_calls() -> None:
     for call in CALLS:
         tensors = build_tensors([q for q, _ in call.pairs], [k for _, k in call.pairs], device="cuda", **call.build)
-        problem = problem_of(tensors, **call.options)
+        options = call.options
+        if call.of_queries is not None:
+            width = max(k for _, k in call.pairs)
+            tensors = with_query_side(tensors, width, **call.of_queries)
+            options = options | {"max_seqlen_k": width}
+        problem = problem_of(tensors, **options)
         guarded = GuardedOutput(problem, "cuda", around_heads=True)
-        out, lse = attention(tensors._replace(out=guarded.out), **call.options)
+        out, lse = attention(tensors._replace(out=guarded.out), **options)
         torch.cuda.synchronize()
         guarded.check()
         # On the CPU: the reference's own kernels are not under test, and would be slow there.
