@@ -288,7 +288,7 @@ class ForwardSm90:
         def barriers(stages):
             return smem.allocate_array(cutlass.Int64, MbarrierRing.words(stages))
 
-        readers, words = self.consumer_warps + self.loading_warps, mailbox_words(self.spec.skips)
+        readers, words = self.consumer_warps + self.loading_warps, mailbox_words(ranges=int(self.spec.skips))
         slots = smem.allocate_tensor(Int32, cute.make_layout((words, MAILBOX_STAGES)), byte_alignment=16)
         return Rings(
             MbarrierRing(barriers(tile.q_stages), tile.q_stages),
@@ -342,13 +342,13 @@ class ForwardSm90:
                     for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
                 ]
                 kv = kv_range(spec, work, seqlens, window)
-                tile = keys.find(kv_tile(spec, work, tensors, kv.end - 1))
-                following = keys.find(kv_tile(spec, work, tensors, kv.end - 2))
+                tile = keys.find(kv_tile(spec, tensors, kv.end - 1, kv.first))
+                following = keys.find(kv_tile(spec, tensors, kv.end - 2, kv.first))
                 keys.load(k_position, tile)
                 k_position = k_position.next()
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
                     previous, tile = tile, following
-                    following = keys.find(kv_tile(spec, work, tensors, kv.end - 2 - i))
+                    following = keys.find(kv_tile(spec, tensors, kv.end - 2 - i, kv.first))
                     keys.load(k_position, tile)
                     k_position = k_position.next()
                     values.load(v_position, previous)
@@ -396,9 +396,9 @@ class ForwardSm90:
     ):
         kv = kv_range(self.spec, work, seqlens, window)
         place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        stager.stage(position, kv_tile(self.spec, work, tensors, kv.end - 1), place)
+        stager.stage(position, kv_tile(self.spec, tensors, kv.end - 1, kv.first), place)
         for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-            stager.stage(position.next(), kv_tile(self.spec, work, tensors, kv.end - 1 - i), place)
+            stager.stage(position.next(), kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first), place)
             stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
             position = position.next()
         stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
@@ -592,23 +592,23 @@ class ForwardSm90:
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
             bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))
-        last = kv_tile(self.spec, work, tensors, kv.end - 1)
+        last = kv_tile(self.spec, tensors, kv.end - 1, kv.first)
         self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)
         if const_expr(window.right is not None):
             for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                number = kv_tile(self.spec, work, tensors, kv.end - 2 - i)
+                number = kv_tile(self.spec, tensors, kv.end - 2 - i, kv.first)
                 self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
         for i in cutlass.range(masked_end - full_first, unroll=1):
             number = None
             if const_expr(bias.of_queries is not None):
-                number = kv_tile(self.spec, work, tensors, masked_end - 1 - i)
+                number = kv_tile(self.spec, tensors, masked_end - 1 - i, kv.first)
             self._step(me, rings, q_position, kv_position, scalars, None, bias, number)
             kv_position = kv_position.next()
         if const_expr(window.left is not None):
             for i in cutlass.range(full_first - kv.first, unroll=1):
-                number = kv_tile(self.spec, work, tensors, full_first - 1 - i)
+                number = kv_tile(self.spec, tensors, full_first - 1 - i, kv.first)
                 self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
         return kv_position

@@ -55,6 +55,10 @@ class ForwardSpec:
         return self.tile.tile_m // self.rows_per_token
 
     @property
+    def query_tiles(self) -> int:
+        return self.tile.tile_m // self.tile.query_rows
+
+    @property
     def query_box(self) -> tuple:
         """((heads, tokens), columns) that one load of queries takes; see ragged_tma.query_view."""
         return (self.rows_per_token, self.tile.query_rows // self.rows_per_token), self.tile.head_dim
@@ -202,7 +206,7 @@ def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window
     Where the kernel skips, the range is one of entries: `kv_tile` says which KV tile is in a place of it.
     """
     if const_expr(spec.skips):
-        return work.entries
+        return KvRange.union(work.entries)
     visible = _visible(spec, work, seqlens, window)
     if const_expr(spec.splits):
         if work.num_splits > 1:
@@ -211,12 +215,12 @@ def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window
 
 
 @cute.jit
-def kv_tile(spec: ForwardSpec, work: WorkTile, tensors: ForwardTensors, place: Int32) -> Int32:
-    """The number of the KV tile in a place of `kv_range`; negative before its first."""
+def kv_tile(spec: ForwardSpec, tensors: ForwardTensors, place: Int32, first: Int32) -> Int32:
+    """The number of the KV tile in a place of `kv_range`, which begins at `first`; negative before that."""
     tile = place
     if const_expr(spec.skips):
         tile = Int32(-1)
-        if place >= work.entries.first:
+        if place >= first:
             tile = tensors.active.entries()[place]
     return tile
 
@@ -225,7 +229,7 @@ def kv_tile(spec: ForwardSpec, work: WorkTile, tensors: ForwardTensors, place: I
 def with_entries(
     spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors
 ) -> WorkTile:
-    """Where the kernel skips: with the KV tiles that it visits. All 32 lanes of a warp call it.
+    """Where the kernel skips: with the KV tiles that each of its query tiles visits. All 32 lanes of a warp call it.
 
     They follow from the mask of the call alone: a plan, which may be of another mask, says how many splits there are,
     and no more. Absolute boundaries are between KV tiles, whatever is hidden; otherwise splits share what is not.
@@ -236,12 +240,23 @@ def with_entries(
     if const_expr(spec.splits):
         if work.num_splits > 1 and window.tiles_per_split > 0:
             tiles = tiles.of_split(work.split, work.num_splits, window.tiles_per_split)
-    group = _list_group(spec, work)
-    entries = tensors.active.entries_of(tiles, window, seqlens, work.batch, group, spec.tile.tile_n)
+    entries = _entries(spec, work, seqlens, window, tensors, tiles)
     if const_expr(spec.splits):
         if work.num_splits > 1 and window.tiles_per_split <= 0:
             entries = entries.of_split(work.split, work.num_splits, Int32(0))
-    return work._replace(entries=entries)
+    of_query_tiles = (entries,)
+    if const_expr(spec.query_tiles > 1):
+        seen = [_visible(spec, work, seqlens, window, i) for i in range(spec.query_tiles)]
+        of_query_tiles = tuple(_entries(spec, work, seqlens, window, tensors, kv).within(entries) for kv in seen)
+    return work._replace(entries=of_query_tiles)
+
+
+def _entries(
+    spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors, tiles: KvRange
+) -> KvRange:
+    """Those that hold KV tiles of a range."""
+    group, tile_n = _list_group(spec, work), spec.tile.tile_n
+    return tensors.active.entries_of(tiles, window, seqlens, work.batch, group, tile_n)
 
 
 def _list_group(spec: ForwardSpec, work: WorkTile) -> Int32:
@@ -253,6 +268,12 @@ def _list_group(spec: ForwardSpec, work: WorkTile) -> Int32:
     return work.head
 
 
-def _visible(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
-    tokens = spec.tokens_per_tile
-    return KvRange.of_query_tile(seqlens, window, work.m_block * tokens, tokens, spec.tile.tile_n)
+def _visible(
+    spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, query_tile: int | None = None
+) -> KvRange:
+    """Of all query tiles of a work tile, or of one."""
+    first, tokens = work.m_block * spec.tokens_per_tile, spec.tokens_per_tile
+    if query_tile is not None:
+        tokens = tokens // spec.query_tiles
+        first = first + query_tile * tokens
+    return KvRange.of_query_tile(seqlens, window, first, tokens, spec.tile.tile_n)

@@ -34,7 +34,8 @@ class WorkTile(NamedTuple):
     split: Int32
     num_splits: Int32
     slot: Int32  # of the workspace, for the partial result of this split; 0 where num_splits is 1
-    entries: KvRange | None = None  # where KV tiles are skipped: of device.active_tiles, those to visit
+    # Where KV tiles are skipped: for each query tile (Blackwell has two) a KvRange of device.active_tiles' entries.
+    entries: tuple | None = None
 
     def is_work(self) -> Boolean:
         return self.m_block >= 0
@@ -335,12 +336,12 @@ TILE_WORDS = len(WorkTile._fields) - 1  # without entries
 NUM_WORDS = TILE_WORDS + len(Seqlens._fields)
 
 
-def mailbox_words(skips: bool) -> int:
-    """Words of a slot, a multiple of 16 bytes. skips: whether tiles have entries."""
-    return -(-(NUM_WORDS + (len(KvRange._fields) if skips else 0)) // 4) * 4
+def mailbox_words(ranges: int) -> int:
+    """Words of a slot, a multiple of 16 bytes. ranges: of entries that tiles have."""
+    return -(-(NUM_WORDS + ranges * len(KvRange._fields)) // 4) * 4
 
 
-MAILBOX_WORDS = mailbox_words(skips=False)
+MAILBOX_WORDS = mailbox_words(0)
 
 
 @dataclass(frozen=True)
@@ -356,9 +357,9 @@ class TileMailbox:
         return cute.size(self.slots, mode=[0])
 
     @property
-    def entry_words(self) -> int:
-        """Of a tile's entries."""
-        return len(KvRange._fields) if self.words == mailbox_words(skips=True) else 0
+    def ranges(self) -> int:
+        """Of entries, that tiles have."""
+        return (self.words - NUM_WORDS) // len(KvRange._fields)
 
     def init(self):
         self.ring.init(full_arrivals=1, empty_arrivals=self.readers)
@@ -373,7 +374,7 @@ class TileMailbox:
             cute.arch.mbarrier_arrive(full)
 
     def _words(self, tile: WorkTile, seqlens: Seqlens) -> tuple:
-        entries = () if tile.entries is None else tile.entries
+        entries = [word for kv in tile.entries or () for word in kv]
         words = (*tile[:TILE_WORDS], *seqlens, *entries)
         return (*words, *[Int32(0)] * (self.words - len(words)))
 
@@ -393,10 +394,14 @@ class TileMailbox:
         self.ring.wait_full(position)
         stage, empty = self.ring.stage(position), self.ring.empty_barrier(position)
         # One lane reads and answers for its warp, so that each access is ordered by a barrier of its own thread.
-        words = [Int32(0)] * (NUM_WORDS + self.entry_words)
+        words = [Int32(0)] * (NUM_WORDS + self.ranges * len(KvRange._fields))
         if cute.arch.lane_idx() == 0:
-            words = [self.slots[i, stage] for i in range(NUM_WORDS + self.entry_words)]
+            words = [self.slots[i, stage] for i in range(len(words))]
             cute.arch.mbarrier_arrive(empty)
         words = [cute.arch.shuffle_sync(word, 0) for word in words]
-        entries = KvRange(*words[NUM_WORDS:]) if const_expr(self.entry_words > 0) else None
-        return WorkTile(*words[:TILE_WORDS], entries), Seqlens(*words[TILE_WORDS:NUM_WORDS])
+        return self._tile(words), Seqlens(*words[TILE_WORDS:NUM_WORDS])
+
+    def _tile(self, words: list) -> WorkTile:
+        step = len(KvRange._fields)
+        entries = [KvRange(*words[i : i + step]) for i in range(NUM_WORDS, len(words), step)]
+        return WorkTile(*words[:TILE_WORDS], tuple(entries) or None)

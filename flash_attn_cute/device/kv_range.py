@@ -70,6 +70,18 @@ class KvRange(NamedTuple):
             first = first + split * num_tiles // num_splits
         return KvRange(first, end, self.full_first, self.full_end)
 
+    @staticmethod
+    @cute.jit
+    def union(ranges: tuple):
+        """From the first to the last tile that any of the ranges has."""
+        if const_expr(len(ranges) == 1):
+            return ranges[0]
+        first, end = Int32(1 << 30), Int32(0)
+        for kv in ranges:
+            if kv.num_tiles() > 0:
+                first, end = cutlass.min(first, kv.first), cutlass.max(end, kv.end)
+        return KvRange(first, end, first, end)
+
     def within(self, other):
         """The tiles of this range that are in the other too."""
         first, end = cutlass.max(self.first, other.first), cutlass.min(self.end, other.end)

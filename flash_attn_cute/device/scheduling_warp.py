@@ -3,7 +3,7 @@
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
-from flash_attn_cute.device.kv_range import Window
+from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
@@ -33,9 +33,9 @@ def _settle(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, tensors: Forwar
         clear_rows(spec, work, seqlens, tensors)
 
 
-def _keys(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens) -> Int32:
-    """That a work tile meets, or more."""
-    return work.entries.num_tiles() * spec.tile.tile_n if spec.skips else seqlens.len_k
+def _keys(spec: ForwardSpec, seqlens: Seqlens, kv: KvRange) -> Int32:
+    """That a work tile meets, or more. kv: what it visits."""
+    return kv.num_tiles() * spec.tile.tile_n if spec.skips else seqlens.len_k
 
 
 @cute.jit
@@ -88,11 +88,12 @@ def schedule(
         seqlens = found.seqlens
         if work.is_work():
             tile = with_entries(spec, work, seqlens, window, tensors)
-            if kv_range(spec, tile, seqlens, window).num_tiles() > 0:
+            kv = kv_range(spec, tile, seqlens, window)
+            if kv.num_tiles() > 0:
                 mailbox.send(position, tile, seqlens)
                 position = position.next()
                 # Only now: a number taken early is work that an idle CTA cannot have.
-                mailbox.wait_sent(position, _keys(spec, tile, seqlens))
+                mailbox.wait_sent(position, _keys(spec, seqlens, kv))
             else:
                 _settle(spec, tile, seqlens, tensors)
         number = scheduler.next(number, turn)
