@@ -110,7 +110,11 @@ class KeySideInputs:
 
     @property
     def lengths(self) -> dict[str, torch.Tensor]:
-        return self.inputs.lengths
+        """What a plan is told: a mask, and the pages in which it lies, say how much of a length there is to do."""
+        of_mask = {} if self.key_mask is None else {"key_mask": self.key_mask}
+        if of_mask and isinstance(self.inputs, PagedInputs):
+            of_mask["page_table"] = self.inputs.page_table
+        return self.inputs.lengths | of_mask
 
     def varlen_arguments(self, workload: Workload) -> dict[str, Any]:
         given = {"key_bias": self.key_bias, "key_mask": self.key_mask}

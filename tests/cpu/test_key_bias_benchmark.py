@@ -86,6 +86,22 @@ def test_a_row_holds_every_kind_checked_and_timed(workload, page_size):
     json.dumps(row)
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_a_plan_is_told_of_the_mask(monkeypatch, page_size):
+    import flash_attn_cute
+
+    made = []
+    real = flash_attn_cute.get_scheduler_metadata
+    monkeypatch.setattr(flash_attn_cute, "get_scheduler_metadata", lambda *a, **k: made.append(k) or real(*a, **k))
+    contiguous, paged = inputs_of(DECODE, 4)
+    inputs = contiguous if page_size is None else paged
+    for side in (key_bias.MASK_QUERY, key_bias.BIAS_ALL):
+        given = KeySideInputs.of(inputs, side.random(DECODE, "cpu"))
+        key_bias.variants_of(side)[0].make(DECODE, given)
+        assert made[-1].get("key_mask") is given.key_mask
+        assert made[-1].get("page_table") is (None if given.key_mask is None or page_size is None else paged.page_table)
+
+
 def test_who_leaves_the_bias_out_is_found():
     row = key_bias.measure(Case(SMALL), small_bench(Stranger(with_bias=False)))
     right = {
