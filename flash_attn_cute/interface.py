@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -261,60 +260,6 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *args, device: Any = None, backend
     if reason is None and chosen != "reference" and _wants_gradients(tensors):
         reason = triton_backend.why_no_gradients(problem) if chosen in triton_backend.NAMES else NO_BACKWARD
     return Support(reason is None, reason or "")
-
-
-def precompile(config: dict) -> None:
-    """Compiles one kernel into the cache. `config` names what differs from a plain packed call; see `plain` below."""
-    plain = dict(
-        qheads_per_kvhead=1,
-        pack_gqa=False,
-        causal=False,
-        window=(False, False),
-        softcap=False,
-        varlen_q=True,
-        varlen_k=True,
-        seqused_q=False,
-        seqused_k=False,
-        sink=None,
-        lse=False,
-        dynamic=None,
-    )
-    unknown = config.keys() - plain.keys() - {"dtype", "head_dim", "head_dim_v"}
-    if unknown:
-        raise ValueError(f"config: got {sorted(unknown)}; takes {sorted(plain)}, dtype, head_dim and head_dim_v")
-    c = plain | config
-    key = launch.KernelKey(
-        _architecture_to_compile(),
-        "forward",
-        c["dtype"],
-        c["head_dim"],
-        c.get("head_dim_v", c["head_dim"]),
-        c["qheads_per_kvhead"],
-        c["pack_gqa"] and c["qheads_per_kvhead"] > 1,
-        c["causal"],
-        bool(c["window"][0]),
-        bool(c["window"][1]) and not c["causal"],
-        c["softcap"],
-        c["varlen_q"],
-        c["varlen_k"],
-        c["seqused_q"],
-        c["seqused_k"],
-        c["sink"],
-        c["lse"],
-        dynamic=False,
-    )
-    key = key._replace(dynamic=key.is_uneven() if c["dynamic"] is None else c["dynamic"])
-    launch.cache.get(key, lambda: launch.compile_kernel(key))
-
-
-def _architecture_to_compile() -> str:
-    """What CUTE_DSL_ARCH says, else what the current GPU is, else Hopper."""
-    named = os.environ.get("CUTE_DSL_ARCH")
-    if named:
-        return named
-    if torch.cuda.is_available():
-        return launch.ARCHITECTURES[torch.cuda.get_device_capability()]
-    return "sm_90a"
 
 
 def _capability(device: Any) -> tuple[int, int] | str:

@@ -253,7 +253,11 @@ def plan(
         num_tiles = (p.total_q // tokens + p.batch_size + 2) * heads
     else:
         num_tiles = -(-p.seqlen_q // tokens) * heads * p.batch_size
-    page_span = _page_span(p, tiling.tile, tiling.few_rows, tma_reaches_keys)
+    page_span = None
+    if p.is_paged:
+        # Behind a left padding tiles do not begin where pages do.
+        by_tma = tma_reaches_keys and not p.has_leftpad_k
+        page_span = span_of_pages(p.page_size, tiling.tile, tiling.few_rows) if by_tma else 0
     key = KernelKey.of(p, target.architecture, tiling, dynamic=p.scheduler == "dynamic", page_span=page_span)
     if parameters is not None:
         slots = parameters.slots_bound(num_tiles)
@@ -275,16 +279,11 @@ def plan(
     return Plan(key, num_tiles, grid, section_heads, section_tiles, short_from)
 
 
-def _page_span(p: Problem, tile: Sm90Tile | Sm100Tile, few_rows: bool, tma_reaches_keys: bool) -> int | None:
-    """Rows of a span, or 0 where TMA cannot load spans, or None without pages."""
-    if not p.is_paged:
-        return None
-    span = math.gcd(p.page_size, tile.tile_n)
-    # Behind a left padding tiles do not begin where pages do.
-    suits_tma = span % SWIZZLE_ROWS == 0 and not p.has_leftpad_k and tma_reaches_keys
-    if few_rows and span < LEAST_SPAN_OF_DECODES:
-        suits_tma = False
-    return span if suits_tma else 0
+def span_of_pages(page_size: int, tile: Sm90Tile | Sm100Tile, few_rows: bool) -> int:
+    """Rows of a span, or 0 where TMA cannot load spans, or should not."""
+    span = math.gcd(page_size, tile.tile_n)
+    is_too_short = few_rows and span < LEAST_SPAN_OF_DECODES
+    return span if span % SWIZZLE_ROWS == 0 and not is_too_short else 0
 
 
 def compile_kernel(key: KernelKey) -> Any:

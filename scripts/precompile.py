@@ -3,7 +3,8 @@
 
     python scripts/precompile.py                           # what most models use, for the GPU of this machine
     python scripts/precompile.py --arch sm_90a --jobs 8    # for Hopper; no GPU needed
-    python scripts/precompile.py --preset configs.json     # a list of objects with any of the keys of DEFAULTS
+    python scripts/precompile.py --preset serving          # over pages, planned, split: what an engine calls
+    python scripts/precompile.py --preset configs.json     # a list of objects with keys of DEFAULTS
 
 The cache holds host code for the CPU that compiled it, so run this on the kind of machine that will load it.
 """
@@ -20,22 +21,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-DEFAULTS = {
-    "dtype": "bf16",
-    "head_dim": 128,
-    "head_dim_v": 128,
-    "qheads_per_kvhead": 1,
-    "causal": False,
-    "window": [False, False],  # is there a limit on the left, on the right
-    "varlen_q": False,
-    "varlen_k": False,
-    "seqused_q": False,
-    "seqused_k": False,
-    "softcap": False,
-    "sink": None,  # or its dtype: "fp32", "bf16"
-    "lse": False,
-    "pack_gqa": False,
-}
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[0] = str(REPOSITORY)
+
+from flash_attn_cute.precompile import DEFAULTS
 
 DENSE: dict = {}
 VARLEN = {"varlen_q": True, "varlen_k": True}
@@ -69,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", help="target architecture, such as sm_90a; default: that of this machine's GPU")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
-    parser.add_argument("--preset", default="common", metavar="common|all|FILE.json")
+    parser.add_argument("--preset", default="common", metavar="common|serving|all|FILE.json")
     return parser.parse_args()
 
 
@@ -105,6 +94,18 @@ def common() -> list[dict]:
     )
 
 
+def serving() -> list[dict]:
+    """Chunks of prefill and decodes over pages of 16 and 64 keys: without a plan, with one, with one that may split."""
+    paged = KV_CACHE | CAUSAL | {"pack_gqa": True}
+    plans = ({}, {"planned": True}, {"planned": True, "splits": True})
+    return [
+        paged | plan | {"head_dim": head_dim, "qheads_per_kvhead": group, "page_size": page_size, "few_rows": few_rows}
+        for head_dim, group, page_size, plan, few_rows in itertools.product(
+            (64, 128), (4, 8), (16, 64), plans, (False, True)
+        )
+    ]
+
+
 def everything() -> list[dict]:
     """Both types, every head dimension, layout and mask, with one further feature at a time."""
     return product(
@@ -129,7 +130,7 @@ def product(dtypes: list, head_dims: list, layouts: list, masks: list, features:
     ]
 
 
-PRESETS = {"common": common, "all": everything}
+PRESETS = {"common": common, "serving": serving, "all": everything}
 
 
 def compile_all(configs: list[dict], jobs: int) -> list[tuple[dict, str]]:
@@ -148,7 +149,7 @@ def compile_all(configs: list[dict], jobs: int) -> list[tuple[dict, str]]:
 
 def compile_one(config: dict) -> None:
     """Run in a worker, which keeps the imported package from one configuration to the next."""
-    from flash_attn_cute.interface import precompile
+    from flash_attn_cute.precompile import precompile
 
     precompile(config)
 

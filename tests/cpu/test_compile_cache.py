@@ -316,7 +316,7 @@ def test_key_must_be_primitive(tmp_path, item):
 
 def test_precompile_presets_are_complete_and_without_repeats(tmp_path):
     precompile = _precompile_script()
-    for preset in ("common", "all"):
+    for preset in ("common", "serving", "all"):
         configs = precompile.load_configs(preset)
         assert len({json.dumps(config, sort_keys=True) for config in configs}) == len(configs) > 10
         assert all(config.keys() == precompile.DEFAULTS.keys() for config in configs)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flash_attn_cute import flash_attn_func, flash_attn_varlen_func, supports
-from flash_attn_cute.interface import precompile
 from tests.attention_cases import assert_close_to_reference, build_tensors, problem_of
 
 TENSORS = build_tensors([5, 0, 33], [9, 4, 33], head_dim=16)
@@ -143,8 +142,3 @@ def test_supports_knows_that_kernels_have_no_backward():
         assert supports(q, *CALL[1:], device=(9, 0))
     with pytest.raises(TypeError, match="supports: got an argument twice"):
         supports(*CALL, cu_seqlens_k=CALL[4])
-
-
-def test_precompile_refuses_unknown_fields():
-    with pytest.raises(ValueError, match=r"config: got \['tile'\]"):
-        precompile({"dtype": "bf16", "head_dim": 64, "tile": 3})
