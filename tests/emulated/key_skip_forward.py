@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flash_attn_cute.active_tiles import PreparedPacking
+from flash_attn_cute.launch_combine import SPLITS_FOR_ONE_WARP
 from tests.attention_cases import assert_close_to_reference, attention, build_tensors, hide_spans, problem_of
 from tests.emulated.planned_forward import plan_of
 
@@ -85,9 +86,10 @@ def test_splits(emulation, monkeypatch):
     assert_neutral(monkeypatch, long, seqlen_k_per_split=1024, **options)
     # Splits by the batch share what is left. A plan of any mask is right, and follows its own.
     masks = (None, torch.ones_like(tensors.key_mask), tensors.key_mask)
-    plans = [plan_of(tensors, key_mask=mask, **options) for mask in masks]
+    # At most as many splits as one warp merges, as above.
+    plans = [plan_of(tensors, num_splits=SPLITS_FOR_ONE_WARP, key_mask=mask, **options) for mask in masks]
     splits = [plan.num_splits_dynamic.max().item() for plan in plans]
     assert splits[0] == splits[1] > splits[2]
     for plan in (plans[0], plans[2]):
-        got = attention(tensors, num_splits=0, scheduler_metadata=plan, **options)
+        got = attention(tensors, num_splits=SPLITS_FOR_ONE_WARP, scheduler_metadata=plan, **options)
         assert_close_to_reference(*got, tensors, problem_of(tensors, **options))

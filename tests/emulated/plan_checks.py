@@ -119,7 +119,7 @@ masked_sequences = st.lists(
 )
 
 
-@settings(max_examples=EXAMPLES // 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(sequences=masked_sequences, groups=st.integers(1, 6), p=parameter_sets())
 def test_plans_under_a_key_mask_equal_the_specification(emulation, sequences, groups, p):
     """Each sequence by the longest of its lists."""
