@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flash_attn_cute.active_tiles import KeyTensors, ListShape, PreparedPacking, active_tiles_of
+from flash_attn_cute.launch_combine import architecture_of
 from tests.attention_cases import cu_seqlens
 
 CUDA = "cuda"
@@ -65,7 +66,8 @@ def pack(mask, keys, shape, monkeypatch, team):
     monkeypatch.setattr(ListShape, "team", property(lambda self: team))
     page_size = mask.shape[1] if keys.page_table is not None else None
     keys = KeyTensors(*(None if x is None else x.to(CUDA) for x in keys))
-    return PreparedPacking.of("sm_90a", shape, keys, page_size).run(mask.to(CUDA).view(torch.uint8), keys)
+    architecture = architecture_of(torch.device(CUDA))
+    return PreparedPacking.of(architecture, shape, keys, page_size).run(mask.to(CUDA).view(torch.uint8), keys)
 
 
 def assert_packs(mask, keys, shape, monkeypatch, team):
