@@ -96,7 +96,7 @@ class ListShape(NamedTuple):
     @property
     def team(self) -> tuple[int, int]:
         """(CTAs, warps a CTA) of a list: for a sequence of mean length, and no more than run in a few turns."""
-        mean = self.room // max(self.batch_size, 1) if self.packed else self.room
+        mean = -(-self.keys // (self.tile_n * max(self.batch_size, 1))) if self.packed else self.room
         lists = max(self.batch_size * self.groups, 1)
         chosen = TEAMS[0]
         for team in TEAMS[1:]:
