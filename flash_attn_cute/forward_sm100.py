@@ -21,6 +21,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_memory, umma
+from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, staged_layout
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
@@ -37,6 +38,7 @@ from flash_attn_cute.forward_spec import (
     ForwardSpec,
     ForwardTensors,
     cache_row,
+    key_side_place,
     kv_range,
     page_table,
     seqlen_source,
@@ -51,9 +53,10 @@ from flash_attn_cute.tile_scheduler import (
     TileScheduler,
     WorkTile,
 )
+from flash_attn_cute.tuning import BIAS_STAGES
 
 WARP, WARPGROUP = 32, 128
-# Warps of a warpgroup, one arrival each: all of softmax, or all of correction.
+# Warps of a warpgroup, one arrival each: all of softmax, of correction, or of staging a bias.
 WARPS = 4
 # Steps of gathering at once, for which the loading warp has registers; with all 8 at d128 it spilled.
 GATHER_UNROLL = 4
@@ -80,6 +83,15 @@ class Operands(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SharedBias:
+    """What a key-side mask and bias have in shared memory. A position in both rings is a KV tile."""
+
+    staged: cute.Tensor  # (tile_n, vectors, stages) float32
+    ring: MbarrierRing
+    cleared: MbarrierRing  # full: hidden values have been zeroed; nobody releases
+
+
+@dataclass(frozen=True)
 class Shared:
     """Shared memory of a CTA: tiles as (rows, columns, stages), factors of rows, and what warps meet on.
 
@@ -98,6 +110,7 @@ class Shared:
     kv_ring: MbarrierRing
     barriers: cute.Pointer  # of the other rings
     score_buffers: int  # of a query tile
+    bias: SharedBias | None
 
     WORDS_OF_TILE = 16
 
@@ -127,6 +140,9 @@ class Shared:
     def init_barriers(self, query_tiles: cutlass.Constexpr, key_arrivals: cutlass.Constexpr):
         self.mailbox.init()
         self.kv_ring.init(full_arrivals=key_arrivals, empty_arrivals=1)
+        if const_expr(self.bias is not None):
+            self.bias.ring.init(full_arrivals=WARPS, empty_arrivals=WARPS * query_tiles)
+            self.bias.cleared.init(full_arrivals=WARPS, empty_arrivals=1)
         for i in cutlass.range_constexpr(query_tiles):
             self.q_ring(i).init(full_arrivals=1, empty_arrivals=1)
             self.score_ring(i).init(full_arrivals=1, empty_arrivals=2 * WARPS)
@@ -162,6 +178,7 @@ class RowOfScores:
     softmax: RowSoftmax
     scores: cute.Tensor  # registers
     cap: Float32 | None  # what a soft cap multiplies scores by before their tanh
+    bias: BiasOfRows | None
 
 
 class ForwardSm100:
@@ -177,9 +194,15 @@ class ForwardSm100:
         self.correction_warp = softmax_warps
         self.mma_warp = softmax_warps + WARPS
         self.load_warp, self.store_warp, self.schedule_warp = [self.mma_warp + i for i in (1, 2, 3)]
-        self.threads = WARP * (softmax_warps + 2 * WARPS)
+        self.bias_warp = self.schedule_warp + 1
+        self.bias_warps = 0 if spec.key_side is None else WARPS
+        # Columns that correction holds at a time: fewer where its registers are needed for staging a bias, and fewer
+        # still beside the addresses of partial rows.
+        pieces = 1 if spec.key_side is None else 4 if spec.splits else 2
+        self.correction_step = tensor_memory.STEP // pieces
+        self.threads = WARP * (softmax_warps + 2 * WARPS + self.bias_warps)
         # All but the scheduling warp hear of tiles.
-        self.mailbox_readers = softmax_warps + WARPS + 3
+        self.mailbox_readers = softmax_warps + WARPS + 3 + self.bias_warps
         self.tokens_per_query_tile = tile.query_rows // spec.rows_per_token
         self.s_product = umma.describe(spec.dtype, tile.query_rows, tile.tile_n, sums_over_rows_of_b=False)
         self.o_product = umma.describe(spec.dtype, tile.query_rows, tile.head_dim_v, sums_over_rows_of_b=True)
@@ -280,30 +303,53 @@ class ForwardSm100:
             cute.arch.griddepcontrol_launch_dependents()
 
         window = window_of(self.spec, scalars)
-        softmax_registers, correction_registers, other_registers = tile.registers
+        registers = tile.registers if const_expr(self.spec.key_side is None) else tile.registers_beside_bias
         if warp < self.correction_warp:
-            cute.arch.setmaxregister_increase(softmax_registers)
+            cute.arch.setmaxregister_increase(registers[0])
             self.softmax(shared, columns, window, tensors, scalars)
         elif warp < self.mma_warp:
             if const_expr(self.alternates):
-                cute.arch.setmaxregister_decrease(correction_registers)
+                cute.arch.setmaxregister_decrease(registers[1])
             self.correct(shared, columns, window, tensors)
+        elif const_expr(self.spec.key_side is None):
+            cute.arch.setmaxregister_decrease(registers[2])
+            self._other_roles(warp, operands, shared, scheduler, columns, window, tensors, scalars, source)
         else:
-            cute.arch.setmaxregister_decrease(other_registers)
-            if warp == self.mma_warp:
-                self.multiply(self._products(shared, columns), shared, window)
-            if warp == self.load_warp:
-                self.load(operands, shared, window, tensors, scalars)
-            if warp == self.store_warp:
-                self.store(operands.out, shared, window, tensors)
-            if warp == self.schedule_warp:
-                order = tile_order(self.spec, tensors, scalars, source)
-                schedule(self.spec, order, scheduler, shared.mailbox, window, tensors)
+            if warp < self.bias_warp:
+                cute.arch.setmaxregister_decrease(registers[2])
+                self._other_roles(warp, operands, shared, scheduler, columns, window, tensors, scalars, source)
+            else:
+                cute.arch.setmaxregister_decrease(registers[3])
+                self.stage_bias(shared, window, tensors, scalars, warp - self.bias_warp)
         # Whatever anyone did in tensor memory, that warp has waited for its end.
         cute.arch.sync_threads()
         if warp == self.mma_warp:
             cute.arch.relinquish_tmem_alloc_permit()
             cute.arch.dealloc_tmem(columns, tensor_memory.COLUMNS)
+
+    @cute.jit
+    def _other_roles(
+        self,
+        warp: Int32,
+        operands: Operands,
+        shared: Shared,
+        scheduler,
+        columns: cute.Pointer,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        source: SeqlenSource,
+    ):
+        """Those of one warp each."""
+        if warp == self.mma_warp:
+            self.multiply(self._products(shared, columns), shared, window)
+        if warp == self.load_warp:
+            self.load(operands, shared, window, tensors, scalars)
+        if warp == self.store_warp:
+            self.store(operands.out, shared, window, tensors)
+        if warp == self.schedule_warp:
+            order = tile_order(self.spec, tensors, scalars, source)
+            schedule(self.spec, order, scheduler, shared.mailbox, window, tensors)
 
     def _allocate(self, smem: SmemAllocator, operands: Operands) -> Shared:
         tile, dtype = self.spec.tile, self.spec.dtype
@@ -326,6 +372,10 @@ class ForwardSm100:
         out = tiles(operands.out, q.iterator if tile.output_over_queries else None)
         # Behind all tiles: what is between two of them costs the 1024 bytes to which the second is aligned.
         slots = table(MAILBOX_STAGES, Int32, MAILBOX_WORDS)
+        bias = None
+        if self.spec.key_side is not None:
+            staged = smem.allocate_tensor(Float32, staged_layout(tile, self.spec.bias_vectors), byte_alignment=16)
+            bias = SharedBias(staged, ring(BIAS_STAGES), ring(tile.kv_stages))
         return Shared(
             q,
             tiles(operands.k, kv),
@@ -337,6 +387,7 @@ class ForwardSm100:
             ring(tile.kv_stages),
             smem.allocate_array(cutlass.Int64, Shared.WORDS_OF_TILE * tile.query_tiles),
             tile.score_buffers,
+            bias,
         )
 
     def _scheduler(self, smem: SmemAllocator, tensors: ForwardTensors, scalars: ForwardScalars):
@@ -483,6 +534,57 @@ class ForwardSm100:
                 position = position.next()
         return position
 
+    # Staging a key-side bias -------------------------------------------------------------------------------------
+
+    @cute.jit
+    def stage_bias(
+        self,
+        shared: Shared,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        warp: Int32,
+    ):
+        """A warp that turns masks and biases of keys into what softmax adds, and clears hidden values, KV tile by KV
+        tile. `warp` numbers those that do."""
+        tile_position = position = MbarrierRing.start()
+        source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
+        stager = KeyBiasStager(self.spec.key_side, source, shared.bias.staged, shared.bias.ring, warp, WARPS)
+        work, seqlens = shared.mailbox.receive(tile_position)
+        while work.is_work():
+            ranges = self._ranges(work, seqlens, window)
+            place = key_side_place(self.spec, tensors, scalars, work, seqlens)
+            stager.stage(position, ranges.end - 1, place)
+            for key_tile in cutlass.range(ranges.end - 2, ranges.first - 1, -1, unroll=1):
+                stager.stage(position.next(), key_tile, place)
+                self._clear_values(stager, shared, position, is_last=False)
+                position = position.next()
+            self._clear_values(stager, shared, position, is_last=True)
+            position = position.next()
+            tile_position = tile_position.next()
+            work, seqlens = shared.mailbox.receive(tile_position)
+
+    @cute.jit
+    def _clear_values(self, stager: KeyBiasStager, shared: Shared, position: RingPosition, is_last: cutlass.Constexpr):
+        """Clears the hidden values of the KV tile at `position`, the last of a work tile or not.
+
+        A barrier's parity only tells its last phase from the one before. So before waiting for values, what was loaded
+        into their stages before has to be known to have arrived. That are keys of the KV tile before at the latest, or
+        with one query tile those of the same.
+        """
+        tile = self.spec.tile
+        if const_expr(self.alternates):
+            if const_expr(is_last):
+                # Elsewhere staging the next KV tile has waited for this: the scores of that one have been read.
+                if position.count > 0:
+                    shared.bias.ring.wait_released(RingPosition(position.count - 1))
+        else:
+            shared.score_ring(0).wait_full(position)
+        # Keys of the next KV tile lie before these values where there is one query tile.
+        k_tiles = position.count + (1 if self.alternates or is_last else 2)
+        first_piece = RingPosition(k_tiles * tile.k_pieces + position.count * tile.v_pieces)
+        stager.clear_hidden_values(position, shared.v, shared.kv_ring, first_piece, shared.bias.cleared)
+
     # Multiplying -------------------------------------------------------------------------------------------------
 
     def _products(self, shared: Shared, columns: cute.Pointer) -> Products:
@@ -548,6 +650,16 @@ class ForwardSm100:
             cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
+    def _wait_cleared(self, shared: Shared, v_position: RingPosition):
+        """Until the values of a KV tile, whose pieces begin at `v_position`, are there and hidden ones cleared."""
+        tile = self.spec.tile
+        # One or two K tiles more than V tiles lie before these.
+        v_tiles = (v_position.count - tile.k_pieces) // (tile.k_pieces + tile.v_pieces)
+        shared.bias.cleared.wait_full(RingPosition(v_tiles))
+        if const_expr(self.spec.gathers):
+            cute.arch.fence_proxy("async.shared", space="cta")
+
+    @cute.jit
     def _multiply_scores(
         self,
         products: Products,
@@ -599,8 +711,11 @@ class ForwardSm100:
             # Probabilities are in the place of the scores that they come from, two a column.
             p = products.columns + (i + scores.stage(position)) * tile.tile_n
             o = products.columns + tile.output_column + i * tile.head_dim_v
+            if const_expr(shared.bias is not None):
+                self._wait_cleared(shared, v_position)
             for piece in cutlass.range(tile.v_pieces, unroll=1):
-                self._wait_keys(shared, v_position.advanced(piece))
+                if const_expr(shared.bias is None):
+                    self._wait_keys(shared, v_position.advanced(piece))
                 a = p + piece * (tile.v_rows // 2)
                 b = products.v.at(shared.kv_ring.stage(v_position.advanced(piece)))
                 accumulate = key_tile < kv.end - 1 or piece > 0
@@ -631,25 +746,35 @@ class ForwardSm100:
         scale, cap = scalars.softmax_scale, None
         if const_expr(spec.softcap):
             scale, cap = scalars.softcap, scalars.softmax_scale / scalars.softcap
+        row_in_tile, normalising = index * tile.query_rows + thread, shared.normalising
+        bias = None
+        if const_expr(shared.bias is not None):
+            bias = BiasOfRows.of_row(spec, row_in_tile, shared.bias.staged, shared.bias.ring)
         row = RowOfScores(
             index,
             Row.of_thread(columns, thread),
             RowSoftmax.create(scale * LOG2_E, tile.polynomial_pairs),
             cute.make_rmem_tensor(tile.tile_n, Float32),
             cap,
+            bias,
         )
-        row_in_tile, normalising = index * tile.query_rows + thread, shared.normalising
-        tile_position = position = done = MbarrierRing.start()
+        tile_position = position = done = bias_position = MbarrierRing.start()
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             kv = self._range(index, work, seqlens, window)
+            if const_expr(row.bias is not None):
+                ranges = self._ranges(work, seqlens, window)
+                first_seen = kv.end if kv.num_tiles() > 0 else ranges.first
+                bias_position = _pass_biases(row.bias, bias_position, ranges.end - first_seen)
             if kv.num_tiles() > 0:
                 row.softmax.reset()
                 place = RowPlace.of(spec, work, seqlens, row_in_tile)
                 limits = RowLimits.of_row(seqlens, window, token_of_row(spec, work, row_in_tile), Int32(0))
                 for step in cutlass.range(kv.num_tiles(), unroll=1):
-                    self._softmax_step(row, shared, kv, limits, step, position)
+                    self._softmax_step(row, shared, kv, limits, step, position, bias_position)
                     position = position.next()
+                    if const_expr(row.bias is not None):
+                        bias_position = bias_position.next()
                 factor, share, lse = self._totals(row.softmax, work, place, tensors)
                 if const_expr(not tile.output_over_queries):
                     shared.factor_ring(index).wait_empty(done)
@@ -659,6 +784,8 @@ class ForwardSm100:
                 shared.factor_ring(index).fill(done)
                 done = done.next()
                 self._store_lse(work, place, row_in_tile, lse, tensors)
+                if const_expr(row.bias is not None):
+                    bias_position = _pass_biases(row.bias, bias_position, kv.first - ranges.first)
             tile_position = tile_position.next()
             work, seqlens = shared.mailbox.receive(tile_position)
 
@@ -706,6 +833,7 @@ class ForwardSm100:
         limits: RowLimits,
         step: Int32,
         position: RingPosition,
+        bias_position: RingPosition,
     ):
         """Scores in tensor memory to probabilities in their place."""
         spec, tile = self.spec, self.spec.tile
@@ -716,10 +844,7 @@ class ForwardSm100:
         s = row.scores
         scores.wait_full(position)
         tensor_memory.fence_after_wait()
-        row.memory.load(column, s)
-        if const_expr(row.cap is not None):
-            for i in cutlass.range_constexpr(tile.tile_n):
-                s[i] = tanh(s[i] * row.cap)
+        self._load_scores(row, column, bias_position)
         # One copy of all the rest for masked tiles and others: they cannot differ in their arithmetic.
         if key_tile >= kv.full_end or key_tile < kv.full_first:
             mask_row(s, limits, key_tile, tile.tile_n)
@@ -740,6 +865,26 @@ class ForwardSm100:
         scores.release_converged(position)
         row.softmax.add(sums, factor)
 
+    @cute.jit
+    def _load_scores(self, row: RowOfScores, column: Int32, bias_position: RingPosition):
+        """A row of scores from tensor memory to registers, under the soft cap and with the bias."""
+        tile_n, s = self.spec.tile.tile_n, row.scores
+        columns = tile_n
+        if const_expr(row.bias is not None):
+            # In halves: biases of all columns at once would take more registers than there are.
+            columns = tile_n // 2
+            row.bias.ring.wait_full(bias_position)
+        for first in cutlass.range_constexpr(0, tile_n, columns):
+            part = cute.make_tensor(s.iterator + first, cute.make_layout(columns))
+            row.memory.load(column + first, part)
+            if const_expr(row.cap is not None):
+                for i in cutlass.range_constexpr(columns):
+                    part[i] = tanh(part[i] * row.cap)
+            if const_expr(row.bias is not None):
+                row.bias.add_from(part, bias_position, first)
+        if const_expr(row.bias is not None):
+            row.bias.ring.release(bias_position)
+
     # Correction --------------------------------------------------------------------------------------------------
 
     @cute.jit
@@ -756,7 +901,7 @@ class ForwardSm100:
         """
         spec, tile = self.spec, self.spec.tile
         thread = cute.arch.thread_idx()[0] % WARPGROUP
-        memory = Row.of_thread(columns, thread)
+        memory = Row.of_thread(columns, thread, self.correction_step)
         tile_position = MbarrierRing.start()
         positions = done = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
         work, seqlens = shared.mailbox.receive(tile_position)
@@ -934,6 +1079,14 @@ def _release_pieces(ring: MbarrierRing, first: RingPosition, count: Int32):
     """Gives stages back when the products issued so far are complete."""
     for piece in cutlass.range(count, unroll=1):
         umma.commit(ring.empty_barrier(first.advanced(piece)))
+
+
+@cute.jit
+def _pass_biases(bias: BiasOfRows, first: RingPosition, count: Int32) -> RingPosition:
+    """Past KV tiles that another query tile of the work tile sees."""
+    for i in cutlass.range(count, unroll=1):
+        bias.pass_by(first.advanced(i))
+    return first.advanced(count)
 
 
 def _replaced(positions: tuple, index: int, position: RingPosition) -> tuple:

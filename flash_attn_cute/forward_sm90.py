@@ -237,7 +237,7 @@ class ForwardSm90:
         smem = SmemAllocator()
         stages = Stages(*(self._allocate(smem, operand) for operand in operands))
         if const_expr(spec.key_side is not None):
-            layout = staged_layout(spec.tile.tile_n, spec.bias_vectors, BIAS_STAGES)
+            layout = staged_layout(spec.tile, spec.bias_vectors)
             stages = stages._replace(bias=smem.allocate_tensor(Float32, layout, byte_alignment=16))
         rings = self._rings(smem)
         if warp == LOAD_WARP:
@@ -399,9 +399,9 @@ class ForwardSm90:
         stager.stage(position, kv_tile(self.spec, tensors, kv.end - 1, kv.first), place)
         for i in cutlass.range(1, kv.num_tiles(), unroll=1):
             stager.stage(position.next(), kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first), place)
-            stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
+            stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
             position = position.next()
-        stager.clear_hidden_values(position, stages.v, rings.v, rings.values)
+        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
         return position.next()
 
     def _key_loader(
@@ -588,7 +588,7 @@ class ForwardSm90:
         rings.k.release_converged(kv_position)
         bias = Biases(None, None)
         if const_expr(self.spec.key_side is not None):
-            bias = bias._replace(of_keys=BiasOfRows.create(self.spec, rows, column, stages.bias, rings.bias))
+            bias = bias._replace(of_keys=BiasOfRows.of_accumulator(self.spec, rows, column, stages.bias, rings.bias))
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
             bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))

@@ -27,12 +27,9 @@ from flash_attn_cute.scheduler_metadata import (
     plan_batch,
 )
 from flash_attn_cute.tuning import (
-    SM90_SMALL_BYTES,
-    SMEM_BYTES,
     QueryTiling,
     Sm90Tile,
     Sm100Tile,
-    bias_bytes,
     forward_tile,
     packed_rows,
     query_tiling,
@@ -80,13 +77,10 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
 def _key_side_unsupported(p: Problem, architecture: str, tiling: QueryTiling) -> str | None:
     if p.key_mask_heads is None and p.key_bias_heads is None:
         return None
-    if architecture != "sm_90a":
-        return "key_mask and key_bias"
     if p.key_bias_dtype not in (None, *_DTYPE_NAMES):
         return f"key_bias of dtype {p.key_bias_dtype}"
-    per_query_head = "query" in (_key_side_heads(p, p.key_mask_heads), _key_side_heads(p, p.key_bias_heads))
-    vectors = p.qheads_per_kvhead if tiling.packed and per_query_head else 1
-    if tiling.tile.smem_bytes + SM90_SMALL_BYTES + bias_bytes(tiling.tile.tile_n, vectors) > SMEM_BYTES:
+    heads = _key_side_heads(p, p.key_mask_heads), _key_side_heads(p, p.key_bias_heads)
+    if tiling.tile.beside_bias(_bias_vectors(heads, p.qheads_per_kvhead, tiling.packed)) is None:
         return f"a mask or bias a query head with {p.qheads_per_kvhead} of them packed: pass pack_gqa=False"
     if p.key_mask_heads is not None and not _list_shape(p, tiling).is_countable:
         return "key_mask over so many sequences, pages and heads that their KV tiles are not counted in 31 bits"
@@ -112,6 +106,11 @@ def _key_side_heads(p: Problem, heads: int | None) -> str | None:
     if heads is None or heads == 1:
         return None if heads is None else "all"
     return "kv" if heads == p.num_heads_kv else "query"
+
+
+def _bias_vectors(heads: tuple[str | None, str | None], qheads_per_kvhead: int, packed: bool) -> int:
+    """Numbers staged a key for the heads of a mask and a bias: device.key_bias."""
+    return qheads_per_kvhead if packed and "query" in heads else 1
 
 
 def _query_tiling(p: Problem, architecture: str, parameters: PlanParameters | None = None) -> QueryTiling | None:
@@ -165,7 +164,11 @@ class KernelKey(NamedTuple):
 
     @property
     def tile(self) -> Sm90Tile | Sm100Tile:
-        return forward_tile(self.architecture, self.head_dim, self.head_dim_v, self.few_rows)
+        tile = forward_tile(self.architecture, self.head_dim, self.head_dim_v, self.few_rows)
+        heads = self.key_mask, self.key_bias
+        if heads == (None, None):
+            return tile
+        return tile.beside_bias(_bias_vectors(heads, self.qheads_per_kvhead, self.packed))
 
     @property
     def rows_per_token(self) -> int:

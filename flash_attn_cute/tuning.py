@@ -5,14 +5,16 @@ a launch may change it, because it decides which keys meet in one partial sum (b
 never meet, so tile_m is free.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 SMEM_BYTES = 227 * 1024  # of a CTA, on Hopper and on Blackwell
 SM90_SMALL_BYTES = 512  # barriers and the tile mailbox
 # Staged KV tiles of a key-side bias: the one that is added, and the next.
 BIAS_STAGES = 2
-# Numbers between the staged vectors of a bias, for lanes that write several of them to reach different banks.
-BIAS_PAD = 8
+# Of a CTA's shared memory on Blackwell: the barriers of a key-side bias.
+SM100_BIAS_BARRIERS = 256
 
 
 class Sm90Tile(NamedTuple):
@@ -51,6 +53,16 @@ class Sm90Tile(NamedTuple):
         return {1: (96, 240), 2: (24, 240), 3: (32, 160)}[self.consumers]
 
     @property
+    def bias_pad(self) -> int:
+        """Numbers between the staged vectors of a bias: 8 lanes read pairs of columns of 4 of them at a time."""
+        return 8
+
+    def beside_bias(self, vectors: int) -> Sm90Tile | None:
+        """The tile where `vectors` numbers a key are staged, or None where there is no room for them."""
+        bytes_of_others = self.smem_bytes + SM90_SMALL_BYTES
+        return self if bytes_of_others + bias_bytes(self, vectors) <= SMEM_BYTES else None
+
+    @property
     def smem_bytes(self) -> int:
         q = self.tile_m * self.head_dim * self.q_stages
         kv = self.tile_n * (self.head_dim + self.head_dim_v) * self.kv_stages
@@ -85,11 +97,6 @@ SM90_FEW_ROWS_TILES = {
         (256, 256): 2,
     }.items()
 }
-
-
-def bias_bytes(tile_n: int, vectors: int) -> int:
-    """Shared memory of staged key-side bias; see device.key_bias."""
-    return 4 * (tile_n + BIAS_PAD) * vectors * BIAS_STAGES
 
 
 class Sm100Tile(NamedTuple):
@@ -163,6 +170,35 @@ class Sm100Tile(NamedTuple):
         """(softmax, correction, other) registers a thread after reallocation, of 64 K in all: a softmax thread holds a
         row of 128 scores."""
         return {2: (200, 72, 40), 1: (232, 168, 104)}[self.query_tiles]
+
+    @property
+    def registers_beside_bias(self) -> tuple[int, int, int, int]:
+        """The same, and those of the warpgroup that stages a key-side bias."""
+        return {2: (192, 40, 56, 32), 1: (232, 128, 72, 72)}[self.query_tiles]
+
+    @property
+    def bias_pad(self) -> int:
+        """Numbers between the staged vectors of a bias: 8 lanes read 4 columns of 8 of them at a time."""
+        return 4
+
+    def beside_bias(self, vectors: int) -> Sm100Tile | None:
+        """The tile where `vectors` numbers a key are staged, or None where there is no room for them.
+
+        Stages of keys and values make room, as long as more of them stay than are in use at one time. Pieces are
+        summed in the same order whatever their size, so that this changes no bit.
+        """
+        most = SMEM_BYTES - SM100_SMALL_BYTES - SM100_BIAS_BARRIERS - bias_bytes(self, vectors)
+        if (self.head_dim, self.head_dim_v) == (128, 128):
+            # Whole tiles leave no stage to give. Pieces of 16 KiB, with outputs over queries: 4 in use, 5 on their way.
+            self = self._replace(k_columns=64, v_rows=64, kv_stages=9)
+        stages = range(self.kv_stages, self.k_pieces + self.v_pieces, -1)
+        tiles = (self._replace(kv_stages=count) for count in stages)
+        return next((tile for tile in tiles if tile.smem_bytes <= most), None)
+
+
+def bias_bytes(tile: Sm90Tile | Sm100Tile, vectors: int) -> int:
+    """Shared memory of a staged key-side bias; see device.key_bias."""
+    return 4 * (tile.tile_n + tile.bias_pad) * vectors * BIAS_STAGES
 
 
 # Barriers, factors of rows and the tile mailbox.

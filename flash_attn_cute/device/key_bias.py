@@ -14,16 +14,17 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
+from flash_attn_cute.device import packed
 from flash_attn_cute.device.paged_kv import PageTable
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.seqlens import Seqlens
-from flash_attn_cute.tuning import BIAS_PAD
+from flash_attn_cute.tuning import BIAS_STAGES
 
 WARP = 32
 # How heads of a mask or a bias belong to query heads.
 ALL_HEADS, KV_HEADS, QUERY_HEADS = "all", "kv", "query"
-# Values that a lane has on their way at once: of two groups of keys and four heads.
-HEADS_AT_ONCE = 4
+# Values that a lane has on their way at once. More take registers that staging warps do not have.
+VALUES_AT_ONCE = 4
 
 
 class KeySideSpec(NamedTuple):
@@ -46,8 +47,10 @@ class KeySide(NamedTuple):
     factor: Float32  # of a bias: 1 / scale
 
 
-def staged_layout(tile_n: int, vectors: int, stages: int) -> cute.Layout:
-    return cute.make_layout((tile_n, vectors, stages), stride=(1, tile_n + BIAS_PAD, (tile_n + BIAS_PAD) * vectors))
+def staged_layout(tile, vectors: int) -> cute.Layout:
+    """(tile_n, vectors, stages) of a tile of `tuning`."""
+    pitch = tile.tile_n + tile.bias_pad
+    return cute.make_layout((tile.tile_n, vectors, BIAS_STAGES), stride=(1, pitch, pitch * vectors))
 
 
 @dataclass(frozen=True)
@@ -95,33 +98,38 @@ class KeyBiasStager:
         for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
             in_tile = first + self.warp * WARP + cute.arch.lane_idx()
             key = kv_tile * tile_n + in_tile
-            is_key = in_tile < tile_n and key < place.seqlens.len_k
-            for v in cutlass.range_constexpr(0, vectors, HEADS_AT_ONCE):
-                heads = range(v, min(v + HEADS_AT_ONCE, vectors))
-                values = [-Float32.inf for _ in heads]
-                if is_key:
-                    values = [self._value(place, key, head) for head in heads]
-                if in_tile < tile_n:
-                    for i in cutlass.range_constexpr(len(values)):
-                        to[in_tile, v + i] = values[i]
+            if in_tile < tile_n and key < place.seqlens.len_k:
+                self._stage_key(to[in_tile, None], place, key)
+            elif in_tile < tile_n:
+                for v in cutlass.range_constexpr(vectors):
+                    to[in_tile, v] = -Float32.inf
         self.ring.fill(position)
 
     @cute.jit
     def clear_hidden_values(
-        self, position: RingPosition, values: cute.Tensor, loaded: MbarrierRing, cleared: MbarrierRing
+        self,
+        position: RingPosition,
+        values: cute.Tensor,
+        loaded: MbarrierRing,
+        first_piece: RingPosition,
+        cleared: MbarrierRing,
     ):
         """Zeroes the values of keys that no head of the tile sees, when they have been loaded: their probability is 0,
-        and times NaN that is NaN. values: (tile_n, Dv, stages) of shared memory; position: of the KV tile, in any ring.
+        and times NaN that is NaN.
+
+        position: of the KV tile, in the rings of biases and `cleared`. values: (rows, Dv, stages) of shared memory, of
+        which a KV tile takes tile_n / rows, from `first_piece` of the ring `loaded` on.
 
         Behind `stage` of the KV tile that follows, as V is loaded behind the K that follows. Each of the warps arrives
         once on a barrier of `cleared`, for which consumers wait instead of `loaded`.
         """
         tile_n, vectors = cute.size(self.staged, mode=[0]), cute.size(self.staged, mode=[1])
         staged = self.staged[None, None, self.ring.stage(position)]
-        rows = values[None, None, loaded.stage(position)]
+        piece_rows = cute.size(values, mode=[0])
         zeros = cute.make_rmem_tensor(8, values.element_type)
         zeros.fill(0.0)
-        loaded.wait_full(position)
+        for piece in cutlass.range_constexpr(tile_n // piece_rows):
+            loaded.wait_full(first_piece.advanced(piece))
         for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
             in_tile = first + self.warp * WARP + cute.arch.lane_idx()
             is_hidden = in_tile < tile_n
@@ -129,7 +137,9 @@ class KeyBiasStager:
                 for vector in cutlass.range_constexpr(vectors):
                     is_hidden = is_hidden and staged[in_tile, vector] == -Float32.inf
             if is_hidden:
-                chunks = cute.logical_divide(rows[in_tile, None], cute.make_layout(8))
+                stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
+                row = values[in_tile % piece_rows, None, stage]
+                chunks = cute.logical_divide(row, cute.make_layout(8))
                 for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=1):
                     cute.autovec_copy(zeros, chunks[None, i])
         # The tensor cores read them through the async proxy.
@@ -137,55 +147,97 @@ class KeyBiasStager:
         cleared.fill(position)
 
     @cute.jit
-    def _value(self, place: Place, key: Int32, vector: cutlass.Constexpr) -> Float32:
-        value = Float32(0.0)
-        if const_expr(self.spec.bias is not None):
-            bias = self.source.bias
-            given = bias[(*place.coordinates(bias, key), place.head(self.spec.bias, vector))].to(Float32)
-            value = -Float32.inf if given <= self.spec.lowest else given * self.source.factor
-        if const_expr(self.spec.mask is not None):
-            mask = self.source.mask
-            keeps = mask[(*place.coordinates(mask, key), place.head(self.spec.mask, vector))]
-            value = value if keeps != 0 else -Float32.inf
-        return value
+    def _stage_key(self, to: cute.Tensor, place: Place, key: Int32):
+        """to: (vectors,) of one key."""
+        mask, bias = self.source.mask, self.source.bias
+        coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key)
+        vectors = cute.size(to)
+        heads_at_once = VALUES_AT_ONCE if const_expr(mask is None or bias is None) else VALUES_AT_ONCE // 2
+        for v in cutlass.range_constexpr(0, vectors, heads_at_once):
+            heads = range(v, min(v + heads_at_once, vectors))
+            values = [Float32(0.0) for _ in heads]
+            if const_expr(bias is not None):
+                given = [bias[(*coordinates, place.head(self.spec.bias, head))].to(Float32) for head in heads]
+            if const_expr(mask is not None):
+                keeps = [mask[(*coordinates, place.head(self.spec.mask, head))] for head in heads]
+            for i in cutlass.range_constexpr(len(values)):
+                if const_expr(bias is not None):
+                    values[i] = -Float32.inf if given[i] <= self.spec.lowest else given[i] * self.source.factor
+                if const_expr(mask is not None):
+                    values[i] = values[i] if keeps[i] != 0 else -Float32.inf
+                to[v + i] = values[i]
 
 
 @dataclass(frozen=True)
 class BiasOfRows:
-    """What one thread of a consumer warpgroup adds to its two rows of scores."""
+    """What one thread adds to the scores in its registers: `rows` rows in turn, `run` columns of each at a time.
+
+    Element (j * rows + r) * run + c of its scores is row r, column step * j + c behind the thread's first.
+    """
 
     staged: cute.Tensor  # (tile_n, vectors, stages) float32 of shared memory
     ring: MbarrierRing
-    vectors: tuple  # of each row, or one for both
+    vectors: tuple  # of each row, or one for all
     column: Int32  # the thread's first
+    rows: int
+    run: int
+    step: int
+    packs: bool  # whether pairs are added by one instruction, as Blackwell can
 
     @staticmethod
-    def create(spec, rows, column: Int32, staged: cute.Tensor, ring: MbarrierRing):
-        """spec: a ForwardSpec with a `key_side`; rows: the thread's OutputRows."""
-        vectors = (Int32(0),)
-        if spec.bias_vectors > 1:
-            # A token may take more rows than it has heads: those are dropped, and may add anything.
-            last = spec.bias_vectors - 1
-            vectors = tuple(cutlass.min(rows.row(r) % spec.rows_per_token, last) for r in range(2))
-        return BiasOfRows(staged, ring, vectors, column)
+    def of_accumulator(spec, rows, column: Int32, staged: cute.Tensor, ring: MbarrierRing):
+        """For WGMMA accumulators. spec: a ForwardSpec with a `key_side`; rows: the thread's OutputRows."""
+        vectors = _vectors(spec, [rows.row(r) for r in range(2)])
+        return BiasOfRows(staged, ring, vectors, column, rows=2, run=2, step=8, packs=False)
+
+    @staticmethod
+    def of_row(spec, row: Int32, staged: cute.Tensor, ring: MbarrierRing):
+        """For one row, all columns of which the thread has."""
+        return BiasOfRows(staged, ring, _vectors(spec, [row]), Int32(0), rows=1, run=4, step=4, packs=True)
 
     @cute.jit
     def add(self, scores: cute.Tensor, position: RingPosition):
-        """scores: flat accumulator registers, element 4j + 2r + c is row r, column 8j + c."""
+        """To the scores of the KV tile at `position` of the ring, of which the warp then has no more need."""
         self.ring.wait_full(position)
-        staged = self.staged[None, None, self.ring.stage(position)]
-        for j in cutlass.range_constexpr(cute.size(scores) // 4):
-            pairs = [_pair(staged, vector, 8 * j + self.column) for vector in self.vectors]
-            for r in cutlass.range_constexpr(2):
-                for c in cutlass.range_constexpr(2):
-                    bias, i = pairs[r % len(pairs)][c], 4 * j + 2 * r + c
-                    # Selected, and not only added: what is masked may be NaN.
-                    scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias
+        self.add_from(scores, position, 0)
         self.ring.release(position)
 
+    @cute.jit
+    def add_from(self, scores: cute.Tensor, position: RingPosition, column: cutlass.Constexpr):
+        """`add` of scores from the thread's column `column` on, between waiting for the stage and its release."""
+        staged = self.staged[None, None, self.ring.stage(position)]
+        for j in cutlass.range_constexpr(cute.size(scores) // (self.rows * self.run)):
+            first = self.column + column + self.step * j
+            biases = [self._biases(staged[None, vector], first) for vector in self.vectors]
+            for r in cutlass.range_constexpr(self.rows):
+                for c in cutlass.range_constexpr(0, self.run, 2):
+                    bias, i = biases[r % len(biases)], (j * self.rows + r) * self.run + c
+                    sums = self._sums((scores[i], scores[i + 1]), (bias[c], bias[c + 1]))
+                    for d in cutlass.range_constexpr(2):
+                        # Selected, and not only added: what is masked may be NaN.
+                        scores[i + d] = -Float32.inf if bias[c + d] == -Float32.inf else sums[d]
 
-def _pair(staged: cute.Tensor, vector: Int32, column: Int32) -> cute.Tensor:
-    values = cute.make_rmem_tensor(2, Float32)
-    pairs = cute.logical_divide(staged[None, vector], cute.make_layout(2))
-    cute.autovec_copy(pairs[None, column // 2], values)
-    return values
+    @cute.jit
+    def pass_by(self, position: RingPosition):
+        """Instead of `add`, where none of the warp's rows sees the KV tile."""
+        self.ring.wait_full(position)
+        self.ring.release_converged(position)
+
+    def _sums(self, scores: packed.Pair, biases: packed.Pair) -> packed.Pair:
+        if self.packs:
+            return packed.add(scores, biases)
+        return tuple(score + bias for score, bias in zip(scores, biases, strict=True))
+
+    def _biases(self, staged: cute.Tensor, column: Int32) -> cute.Tensor:
+        values = cute.make_rmem_tensor(self.run, Float32)
+        runs = cute.logical_divide(staged, cute.make_layout(self.run))
+        cute.autovec_copy(runs[None, column // self.run], values)
+        return values
+
+
+def _vectors(spec, rows: list) -> tuple:
+    """Which of the staged vectors rows of a query tile add: one each, or one for all."""
+    if spec.bias_vectors == 1:
+        return (Int32(0),)
+    # A token may take more rows than it has heads: those are dropped, and may add anything.
+    return tuple(cutlass.min(row % spec.rows_per_token, spec.bias_vectors - 1) for row in rows)

@@ -20,15 +20,16 @@ class Row:
 
     thread: Int32  # within its warpgroup
     start: Int32  # address of column 0, with the first of the warp's lanes
+    step: int  # columns that a loop over them takes at a time, at most STEP
 
     @staticmethod
-    def of_thread(columns: cute.Pointer, thread: Int32):
+    def of_thread(columns: cute.Pointer, thread: Int32, step: int = STEP):
         """columns: the allocation."""
         first_lane = cute.arch.make_warp_uniform(thread // 32) * 32
-        return Row(thread, columns.toint().to(Int32) + (first_lane << _LANE_SHIFT))
+        return Row(thread, columns.toint().to(Int32) + (first_lane << _LANE_SHIFT), step)
 
     def load(self, column, registers: cute.Tensor):
-        """Fills float32 registers, a multiple of STEP, with the columns from `column` on. Whole warps call it."""
+        """Fills float32 registers with the columns from `column` on: 16, or a multiple of STEP. Whole warps call it."""
         for i, value in enumerate(_load(self.start + column, cute.size(registers))):
             registers[i] = value
 

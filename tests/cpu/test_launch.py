@@ -165,8 +165,21 @@ def test_blackwell_tiles_fit(dims):
     assert tile.tensor_memory_columns <= 512
     # What is in use at one time: the values of one KV tile and the keys of the next.
     assert tile.kv_stages > tile.k_pieces + tile.v_pieces
-    softmax, correction, other = tile.registers
-    assert 128 * (tile.query_tiles * softmax + correction + other) <= 64 * 1024
+    for softmax, *others in (tile.registers, tile.registers_beside_bias):
+        assert 128 * (tile.query_tiles * softmax + sum(others)) <= 64 * 1024
+
+
+@pytest.mark.parametrize("dims", tuning.SM100_TILES, ids=str)
+def test_blackwell_tiles_leave_room_for_a_bias(dims):
+    plain = tuning.SM100_TILES[dims]
+    for vectors in range(1, 16):
+        tile = plain.beside_bias(vectors)
+        small = tuning.SM100_SMALL_BYTES + tuning.SM100_BIAS_BARRIERS
+        assert tile.smem_bytes + small + tuning.bias_bytes(tile, vectors) <= tuning.SMEM_BYTES
+        assert tile.kv_stages > tile.k_pieces + tile.v_pieces
+        # Plans are made for either, and rows have the same bits.
+        assert (tile.tile_m, tile.tile_n, tile.polynomial_pairs) == (plain.tile_m, plain.tile_n, plain.polynomial_pairs)
+    assert plain.beside_bias(128) is None
 
 
 @pytest.mark.parametrize(
@@ -245,6 +258,30 @@ CONFIGURATIONS = {
     "d64-gathered-causal": {**GATHERED, "head_dim": 64, "head_dim_v": 64, "causal": True},
 }
 
+KEY_SIDE = {"key_mask": "query", "key_bias": "query", "key_bias_dtype": "bf16", "qheads_per_kvhead": 8, "packed": True}
+# Masks and biases of keys: those that came closest to spilling. Only the first is compiled without
+# FLASH_ATTN_CUTE_COMPILE_ALL=1.
+BLACKWELL_CONFIGURATIONS = {
+    "d128-of-keys-gathered-causal-gqa8": {**KEY_SIDE, **GATHERED, "causal": True},
+    "d128-of-keys-causal-gqa8": {**KEY_SIDE, "causal": True},
+    "d128-of-keys-window-sink-softcap-gqa8": {
+        **KEY_SIDE,
+        "window_left": True,
+        "window_right": True,
+        "sink": "bf16",
+        "softcap": True,
+    },
+    "d64-of-keys": {
+        "key_bias": "all",
+        "key_bias_dtype": "fp32",
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "causal": True,
+    },
+    "d96-of-keys": {"key_mask": "all", "head_dim": 96, "head_dim_v": 96},
+    "d192-128-of-keys-causal-gqa8": {**KEY_SIDE, "head_dim": 192, "causal": True},
+    "d256-of-keys-gathered-gqa8": {**KEY_SIDE, **GATHERED, "head_dim": 256, "head_dim_v": 256},
+}
 # Masks and biases of each query.
 HOPPER_CONFIGURATIONS = {
     "d128-of-queries-causal-gqa4": {
@@ -290,9 +327,10 @@ BLACKWELL = [
     ("sm_100a", "d256-window"),
     ("sm_100a", "d128-gathered-causal-gqa4"),
     ("sm_103a", "d64-causal"),
+    ("sm_100a", "d128-of-keys-gathered-causal-gqa8"),
 ]
 if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
-    named = [name for name in CONFIGURATIONS if "key_mask" not in CONFIGURATIONS[name]]
+    named = CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
     BLACKWELL = [(architecture, name) for architecture in ("sm_100a", "sm_103a") for name in named]
 
 
@@ -301,7 +339,8 @@ if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
 )
 def test_compiles_without_spills(architecture, name, tmp_path):
     """In a process of its own: the architecture and the dump are read from the environment once."""
-    key = PLAIN._replace(architecture=architecture, **(CONFIGURATIONS | HOPPER_CONFIGURATIONS)[name])
+    configurations = CONFIGURATIONS | HOPPER_CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
+    key = PLAIN._replace(architecture=architecture, **configurations[name])
     environment = os.environ | {
         "CUTE_DSL_ARCH": architecture,
         "CUTE_DSL_KEEP": "cubin",

@@ -1,6 +1,6 @@
 """Key-side mask and bias in the forward, in the emulator: held to the reference, and neutral where they say nothing.
 
-`test_key_bias_sm90.py` imports it.
+`test_key_bias_sm90.py` takes all tests of it, `test_key_bias_sm100.py` the checks below them.
 """
 
 import pytest
@@ -44,12 +44,20 @@ CASES = {
         {"key_bias_heads": 4, "key_mask_heads": 1, "layout_k": "paged", "page_size": 3},
         {"causal": True, "pack_gqa": True},
     ),
+    "a window on both sides, a query tile of two": (
+        {"key_bias_heads": 2, "key_mask_heads": 1, "head_dim": 192, "head_dim_v": 128},
+        {"window_size": (20, 6)},
+    ),
     "few rows": ({"key_bias_heads": 4, "key_mask_heads": 2}, {"causal": True, "max_seqlen_q": 1}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_mask_and_bias_equal_the_reference(emulation, name):
+    check_case(emulation, name)
+
+
+def check_case(emulation, name):
     build, options = CASES[name]
     tensors = build_tensors(LENGTHS_Q, LENGTHS_K, **(PLAIN | build))
     emulation.reschedule("random", 1)
@@ -74,6 +82,26 @@ def test_what_says_nothing_changes_no_bit(emulation, softcap):
         assert_same(attention(tensors._replace(**given), **options), expected)
 
 
+def test_what_is_hidden_may_be_nan(emulation):
+    check_hidden_nan(causal=True, max_seqlen_q=5)
+    check_hidden_nan()
+
+
+def check_hidden_nan(**options):
+    """In a key, its value and its bias, and in rows of which every key is hidden."""
+    tensors = build_tensors([5, 3], [70, 150], **PLAIN)
+    rows = tensors.k.shape[0]
+    mask = torch.ones(rows, 1, dtype=torch.bool, device=CUDA)
+    mask[:70] = False
+    mask[100:110] = False
+    k, v, bias = tensors.k.clone(), tensors.v.clone(), torch.zeros(rows, 1, device=CUDA)
+    expected = attention(tensors._replace(key_mask=mask, key_bias=bias.clone()), **options)
+    assert (expected[0][:5] == 0).all() and (expected[1][:, :5] == -float("inf")).all()
+    for x in (k, v, bias):
+        x[100:110] = float("nan")
+    assert_same(attention(tensors._replace(k=k, v=v, key_mask=mask, key_bias=bias), **options), expected)
+
+
 def test_rows_without_a_key_left_and_what_hides_one(emulation):
     tensors = build_tensors([5, 3], [70, 150], **PLAIN)
     rows = tensors.k.shape[0]
@@ -86,13 +114,6 @@ def test_rows_without_a_key_left_and_what_hides_one(emulation):
         for hidden in (-float("inf"), torch.finfo(dtype).min):
             bias = torch.zeros(rows, 1, dtype=dtype, device=CUDA).masked_fill(~mask, hidden)
             assert_same(attention(tensors._replace(key_bias=bias)), (out, lse))
-    # A key that is hidden may hold NaN, and so may its value and its bias.
-    k, v, bias = tensors.k.clone(), tensors.v.clone(), torch.zeros(rows, 1, device=CUDA)
-    for x in (k, v, bias):
-        x[100:110] = float("nan")
-    with_nan = tensors._replace(k=k, v=v, key_mask=mask, key_bias=bias)
-    for options in ({}, {"causal": True, "max_seqlen_q": 5}):
-        assert_same(attention(with_nan, **options), attention(tensors._replace(key_mask=mask), **options))
 
 
 def test_pages_and_splits_change_no_bit(emulation):
@@ -112,5 +133,10 @@ def test_pages_and_splits_change_no_bit(emulation):
                 start += length
             cache[name] = filled
         assert_same(attention(paged._replace(**cache), causal=True), expected)
+    check_splits()
+
+
+def check_splits():
+    tensors = build_tensors([1, 4], [300, 129], **PLAIN, key_bias_heads=4, key_mask_heads=1)
     out, lse = attention(tensors, causal=True, seqlen_k_per_split=128)
     assert_close_to_reference(out, lse, tensors, problem_of(tensors, causal=True))
