@@ -554,8 +554,10 @@ class ForwardSm100:
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             place = key_side_place(self.spec, tensors, scalars, work, seqlens)
+            stager.bring(ranges.end - 2, place)
             stager.stage(position, ranges.end - 1, place)
             for key_tile in cutlass.range(ranges.end - 2, ranges.first - 1, -1, unroll=1):
+                stager.bring(key_tile - 1, place)
                 stager.stage(position.next(), key_tile, place)
                 self._clear_values(stager, shared, position, is_last=False)
                 position = position.next()

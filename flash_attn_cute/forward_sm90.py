@@ -396,9 +396,13 @@ class ForwardSm90:
     ):
         kv = kv_range(self.spec, work, seqlens, window)
         place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        stager.stage(position, kv_tile(self.spec, tensors, kv.end - 1, kv.first), place)
+        tile, following = (kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(2))
+        stager.bring(following, place)
+        stager.stage(position, tile, place)
         for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-            stager.stage(position.next(), kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first), place)
+            tile, following = following, kv_tile(self.spec, tensors, kv.end - 2 - i, kv.first)
+            stager.bring(following, place)
+            stager.stage(position.next(), tile, place)
             stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
             position = position.next()
         stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)

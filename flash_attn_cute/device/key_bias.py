@@ -91,6 +91,24 @@ class KeyBiasStager:
     warps: int
 
     @cute.jit
+    def bring(self, kv_tile: Int32, place: Place):
+        """Starts to bring what `stage` will read of a KV tile into L2; of a negative one, which is none, nothing.
+
+        Called a KV tile ahead: a tile of a decode takes 1.8 microseconds, and two trips to memory, to the page table
+        and to the bias, nearly as long.
+        """
+        tile_n, mask, bias = cute.size(self.staged, mode=[0]), self.source.mask, self.source.bias
+        for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
+            in_tile = first + self.warp * WARP + cute.arch.lane_idx()
+            key = kv_tile * tile_n + in_tile
+            if kv_tile >= 0 and in_tile < tile_n and key < place.seqlens.len_k:
+                coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key)
+                if const_expr(mask is not None):
+                    _prefetch(mask, (*coordinates, place.head(self.spec.mask, 0)))
+                if const_expr(bias is not None):
+                    _prefetch(bias, (*coordinates, place.head(self.spec.bias, 0)))
+
+    @cute.jit
     def stage(self, position: RingPosition, kv_tile: Int32, place: Place):
         tile_n, vectors = cute.size(self.staged, mode=[0]), cute.size(self.staged, mode=[1])
         to = self.staged[None, None, self.ring.stage(position)]
@@ -140,7 +158,7 @@ class KeyBiasStager:
                 stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
                 row = values[in_tile % piece_rows, None, stage]
                 chunks = cute.logical_divide(row, cute.make_layout(8))
-                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=1):
+                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=4):
                     cute.autovec_copy(zeros, chunks[None, i])
         # The tensor cores read them through the async proxy.
         cute.arch.fence_proxy("async.shared", space="cta")
@@ -166,6 +184,11 @@ class KeyBiasStager:
                 if const_expr(mask is not None):
                     values[i] = values[i] if keeps[i] != 0 else -Float32.inf
                 to[v + i] = values[i]
+
+
+def _prefetch(x: cute.Tensor, coordinate):
+    """The line of an element, into L2."""
+    cute.arch.prefetch(cute.domain_offset(coordinate, x).iterator.llvm_ptr, cache_level="L2")
 
 
 @dataclass(frozen=True)
