@@ -158,7 +158,8 @@ class KeyBiasStager:
                 stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
                 row = values[in_tile % piece_rows, None, stage]
                 chunks = cute.logical_divide(row, cute.make_layout(8))
-                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=4):
+                # With 4 at a time the staging warps of Blackwell spilled.
+                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=2):
                     cute.autovec_copy(zeros, chunks[None, i])
         # The tensor cores read them through the async proxy.
         cute.arch.fence_proxy("async.shared", space="cta")
