@@ -19,7 +19,7 @@ from flash_attn_cute.compile_cache import cache
 
 INT32_MAX = 2**31 - 1
 # Architectures whose forward kernel walks along these lists.
-SKIPPING = ("sm_90a",)
+SKIPPING = ("sm_90a", "sm_100a", "sm_103a")
 # (CTAs, warps a CTA) of a list. A warp looks at four KV tiles in the time of one.
 TEAMS = ((1, 1), (1, 4), (1, 16), (8, 16))
 TILES_OF_A_WARP = 4

@@ -40,6 +40,7 @@ from flash_attn_cute.forward_spec import (
     cache_row,
     key_side_place,
     kv_range,
+    kv_tile,
     page_table,
     seqlen_source,
     tile_order,
@@ -47,11 +48,11 @@ from flash_attn_cute.forward_spec import (
 )
 from flash_attn_cute.tile_scheduler import (
     MAILBOX_STAGES,
-    MAILBOX_WORDS,
     ClcScheduler,
     TileMailbox,
     TileScheduler,
     WorkTile,
+    mailbox_words,
 )
 from flash_attn_cute.tuning import BIAS_STAGES
 
@@ -371,7 +372,8 @@ class ForwardSm100:
         kv = smem.allocate_array(dtype, tile.kv_stages * tile.stage_elements, byte_alignment=1024)
         out = tiles(operands.out, q.iterator if tile.output_over_queries else None)
         # Behind all tiles: what is between two of them costs the 1024 bytes to which the second is aligned.
-        slots = table(MAILBOX_STAGES, Int32, MAILBOX_WORDS)
+        ranges = tile.query_tiles if self.spec.skips else 0
+        slots = table(MAILBOX_STAGES, Int32, mailbox_words(ranges))
         bias = None
         if self.spec.key_side is not None:
             staged = smem.allocate_tensor(Float32, staged_layout(tile, self.spec.bias_vectors), byte_alignment=16)
@@ -402,7 +404,9 @@ class ForwardSm100:
         return work.m_block * self.spec.tokens_per_tile + index * self.tokens_per_query_tile
 
     def _range(self, index, work: WorkTile, seqlens: Seqlens, window: Window) -> KvRange:
-        """KV tiles that query tile `index` of a work tile sees."""
+        """KV tiles that query tile `index` of a work tile sees, or their entries (forward_spec.kv_range)."""
+        if self.spec.skips:
+            return KvRange.of_index(work.entries, index)
         tokens, tile_n = self.tokens_per_query_tile, self.spec.tile.tile_n
         visible = KvRange.of_query_tile(seqlens, window, self._first_token(work, index), tokens, tile_n)
         if const_expr(self.spec.splits):
@@ -431,6 +435,7 @@ class ForwardSm100:
         scalars: ForwardScalars,
     ):
         """The loading warp: queries, then keys and values in the order in which `multiply` takes them."""
+        spec = self.spec
         tile_position = kv_position = MbarrierRing.start()
         q_positions = tuple(MbarrierRing.start() for _ in range(self.query_tiles))
         work, seqlens = shared.mailbox.receive(tile_position)
@@ -443,10 +448,10 @@ class ForwardSm100:
             )
             q_positions = self._load_queries(operands.q, shared, ranges, work, seqlens, q_positions, tensors)
             # V of a KV tile is loaded with K of the one before it, and where that is is looked up one step earlier.
-            previous = tile = keys.find(ranges.end - 1)
+            previous = tile = keys.find(kv_tile(spec, tensors, ranges.end - 1))
             for i in cutlass.range(ranges.end - ranges.first + 1, unroll=1):
                 key_tile = ranges.end - 1 - i
-                following = keys.find(key_tile - 1)
+                following = keys.find(kv_tile(spec, tensors, key_tile - 1, ranges.first))
                 if const_expr(self.alternates):
                     kv_position = self._load_values(values, kv_position, previous, key_tile + 1 < ranges.end)
                     kv_position = self._load_keys(keys, kv_position, tile, key_tile >= ranges.first)
@@ -554,11 +559,11 @@ class ForwardSm100:
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-            stager.bring(ranges.end - 2, place)
-            stager.stage(position, ranges.end - 1, place)
+            stager.bring(kv_tile(self.spec, tensors, ranges.end - 2, ranges.first), place)
+            stager.stage(position, kv_tile(self.spec, tensors, ranges.end - 1), place)
             for key_tile in cutlass.range(ranges.end - 2, ranges.first - 1, -1, unroll=1):
-                stager.bring(key_tile - 1, place)
-                stager.stage(position.next(), key_tile, place)
+                stager.bring(kv_tile(self.spec, tensors, key_tile - 1, ranges.first), place)
+                stager.stage(position.next(), kv_tile(self.spec, tensors, key_tile), place)
                 self._clear_values(stager, shared, position, is_last=False)
                 position = position.next()
             self._clear_values(stager, shared, position, is_last=True)
@@ -773,7 +778,7 @@ class ForwardSm100:
                 place = RowPlace.of(spec, work, seqlens, row_in_tile)
                 limits = RowLimits.of_row(seqlens, window, token_of_row(spec, work, row_in_tile), Int32(0))
                 for step in cutlass.range(kv.num_tiles(), unroll=1):
-                    self._softmax_step(row, shared, kv, limits, step, position, bias_position)
+                    self._softmax_step(row, shared, kv, limits, step, position, bias_position, tensors)
                     position = position.next()
                     if const_expr(row.bias is not None):
                         bias_position = bias_position.next()
@@ -836,6 +841,7 @@ class ForwardSm100:
         step: Int32,
         position: RingPosition,
         bias_position: RingPosition,
+        tensors: ForwardTensors,
     ):
         """Scores in tensor memory to probabilities in their place."""
         spec, tile = self.spec, self.spec.tile
@@ -844,12 +850,14 @@ class ForwardSm100:
         buffer = row.index + scores.stage(position)
         column = buffer * tile.tile_n
         s = row.scores
+        # For every KV tile, though few are masked: behind the scores there is no register left for an address.
+        number = kv_tile(spec, tensors, key_tile)
         scores.wait_full(position)
         tensor_memory.fence_after_wait()
         self._load_scores(row, column, bias_position)
         # One copy of all the rest for masked tiles and others: they cannot differ in their arithmetic.
         if key_tile >= kv.full_end or key_tile < kv.full_first:
-            mask_row(s, limits, key_tile, tile.tile_n)
+            mask_row(s, limits, number, tile.tile_n)
         factor, offset = row.softmax.raise_max(s)
         if step > 0:
             rescaling[row.memory.thread, buffer] = factor

@@ -342,7 +342,7 @@ class ForwardSm90:
                     for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
                 ]
                 kv = kv_range(spec, work, seqlens, window)
-                tile = keys.find(kv_tile(spec, tensors, kv.end - 1, kv.first))
+                tile = keys.find(kv_tile(spec, tensors, kv.end - 1))
                 following = keys.find(kv_tile(spec, tensors, kv.end - 2, kv.first))
                 keys.load(k_position, tile)
                 k_position = k_position.next()
@@ -596,23 +596,23 @@ class ForwardSm90:
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
             bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))
-        last = kv_tile(self.spec, tensors, kv.end - 1, kv.first)
+        last = kv_tile(self.spec, tensors, kv.end - 1)
         self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)
         if const_expr(window.right is not None):
             for i in cutlass.range(kv.end - 1 - masked_end, unroll=1):
-                number = kv_tile(self.spec, tensors, kv.end - 2 - i, kv.first)
+                number = kv_tile(self.spec, tensors, kv.end - 2 - i)
                 self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
         for i in cutlass.range(masked_end - full_first, unroll=1):
             number = None
             if const_expr(bias.of_queries is not None):
-                number = kv_tile(self.spec, tensors, masked_end - 1 - i, kv.first)
+                number = kv_tile(self.spec, tensors, masked_end - 1 - i)
             self._step(me, rings, q_position, kv_position, scalars, None, bias, number)
             kv_position = kv_position.next()
         if const_expr(window.left is not None):
             for i in cutlass.range(full_first - kv.first, unroll=1):
-                number = kv_tile(self.spec, tensors, full_first - 1 - i, kv.first)
+                number = kv_tile(self.spec, tensors, full_first - 1 - i)
                 self._step(me, rings, q_position, kv_position, scalars, limits, bias, number)
                 kv_position = kv_position.next()
         return kv_position

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
@@ -215,14 +216,14 @@ def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window
 
 
 @cute.jit
-def kv_tile(spec: ForwardSpec, tensors: ForwardTensors, place: Int32, first: Int32) -> Int32:
-    """The number of the KV tile in a place of `kv_range`, which begins at `first`; negative before that."""
-    tile = place
-    if const_expr(spec.skips):
-        tile = Int32(-1)
-        if place >= first:
-            tile = tensors.active.entries()[place]
-    return tile
+def kv_tile(spec: ForwardSpec, tensors: ForwardTensors, place: Int32, first: Int32 | None = None) -> Int32:
+    """The number of the KV tile in a place of `kv_range`.
+
+    first: of the range, for who looks at the place before it, too. Where the kernel skips, that is the first again.
+    """
+    if const_expr(not spec.skips):
+        return place
+    return tensors.active.entries()[place if const_expr(first is None) else cutlass.max(place, first)]
 
 
 @cute.jit

@@ -81,7 +81,7 @@ def flash_attn_varlen_func(
     learnable_sink: (H,) logits that join the softmax and have no value.
     key_mask: bool, True keeps; (total_k, H*), (B or 1, Sk, H*) or (pages, page_size, H*), as k is, any strides. H* is
         1, Hk or H, and query head h takes h // (H // H*). The same for every query of a sequence. Where a KV tile is
-        hidden from all heads of a query tile, Hopper does not visit it, which changes no bit.
+        hidden from all heads of a query tile, the CuTe kernels do not visit it, which changes no bit.
     key_bias: bf16, fp16 or fp32, laid out likewise; added to a score after scale and softcap. -inf and the least finite
         number of its dtype mask, but no KV tile is left out for that.
     attn_mask, attn_bias: a compatibility form, told apart by rank: 2 dimensions, (total_k, H*), are key_mask and

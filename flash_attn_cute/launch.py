@@ -176,8 +176,12 @@ class KernelKey(NamedTuple):
 
     @property
     def skips(self) -> bool:
-        """Whether KV tiles that the mask hides whole are skipped."""
-        return self.key_mask is not None and self.architecture in SKIPPING
+        """Whether KV tiles that the mask hides whole are skipped.
+
+        On Blackwell not where rows of pages are gathered: beside that the staging warps have no registers for it.
+        """
+        gathers_on_blackwell = self.architecture != "sm_90a" and self.page_span == 0
+        return self.key_mask is not None and self.architecture in SKIPPING and not gathers_on_blackwell
 
     def is_uneven(self) -> bool:
         """Whether tiles differ in work, so that handing them out as CTAs get free pays."""

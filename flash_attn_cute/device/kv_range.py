@@ -82,6 +82,13 @@ class KvRange(NamedTuple):
                 first, end = cutlass.min(first, kv.first), cutlass.max(end, kv.end)
         return KvRange(first, end, first, end)
 
+    @staticmethod
+    def of_index(ranges: tuple, index):
+        """One of two ranges at most; index: an int, or an Int32 that all lanes have in common."""
+        if len(ranges) == 1 or isinstance(index, int):
+            return ranges[index if isinstance(index, int) else 0]
+        return KvRange(*(Int32(cutlass.select_(index == 0, *words)) for words in zip(*ranges, strict=True)))
+
     def within(self, other):
         """The tiles of this range that are in the other too."""
         first, end = cutlass.max(self.first, other.first), cutlass.min(self.end, other.end)
