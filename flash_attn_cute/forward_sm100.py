@@ -61,6 +61,8 @@ WARP, WARPGROUP = 32, 128
 WARPS = 4
 # Steps of gathering at once, for which the loading warp has registers; with all 8 at d128 it spilled.
 GATHER_UNROLL = 4
+# Keys whose mask and bias a lane reads at once, by the registers that it has.
+STAGED_AT_ONCE = 4
 
 
 class Operand(NamedTuple):
@@ -554,7 +556,9 @@ class ForwardSm100:
         tile. `warp` numbers those that do."""
         tile_position = position = MbarrierRing.start()
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
-        stager = KeyBiasStager(self.spec.key_side, source, shared.bias.staged, shared.bias.ring, warp, WARPS)
+        stager = KeyBiasStager(
+            self.spec.key_side, source, shared.bias.staged, shared.bias.ring, warp, WARPS, STAGED_AT_ONCE
+        )
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)

@@ -60,6 +60,8 @@ FIRST_SPARE_WARP, SPARE_WARPS = 2, 2
 # Steps of gathering at once. Decodes wait for nothing else: one at a time they took 735 us, eight at a time 485
 # (csrc_notes/paged_kv.md). Beside more than one consumer a gathering warp has registers for fewer.
 GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
+# Keys whose mask and bias a lane reads at once, by consumers: it has 96, 40 or 32 registers.
+STAGED_AT_ONCE = {1: 16, 2: 4, 3: 1}
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -379,7 +381,8 @@ class ForwardSm90:
 
     def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
-        return KeyBiasStager(self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps)
+        at_once = STAGED_AT_ONCE[self.spec.tile.consumers]
+        return KeyBiasStager(self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps, at_once)
 
     @cute.jit
     def _stage_tile(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 
 from flash_attn_cute.device import packed
 from flash_attn_cute.device.paged_kv import PageTable
@@ -23,8 +23,6 @@ from flash_attn_cute.tuning import BIAS_STAGES
 WARP = 32
 # How heads of a mask or a bias belong to query heads.
 ALL_HEADS, KV_HEADS, QUERY_HEADS = "all", "kv", "query"
-# Values that a lane has on their way at once. More take registers that staging warps do not have.
-VALUES_AT_ONCE = 4
 
 
 class KeySideSpec(NamedTuple):
@@ -66,22 +64,45 @@ class Place:
     def head(self, kind: str, vector: int) -> Int32:
         return {ALL_HEADS: Int32(0), KV_HEADS: self.head_kv, QUERY_HEADS: self.head_q + vector}[kind]
 
+    def entry(self, key: Int32) -> Int32:
+        """What the page table has for a key; 0 without one."""
+        return Int32(0) if const_expr(self.table is None) else self.table.entry(key)
+
     @cute.jit
-    def coordinates(self, x: cute.Tensor, key: Int32):
-        """Of a key, without the head; nothing may be read there for keys behind the last."""
+    def coordinates(self, x: cute.Tensor, key: Int32, entry: Int32):
+        """Of a key of the sequence, without the head."""
         if const_expr(self.table is not None):
             position = self.table.position(key)
             in_page = position - self.table.by_page_size.floor(position) * self.table.page_size
-            return self.table.page(self.table.entry(key)), in_page
+            return self.table.page(entry), in_page
         elif const_expr(cute.rank(x) == 2):
             return (self.seqlens.offset_k + key,)
         else:
             return self.batch, self.seqlens.offset_k + key
 
 
+class Step(NamedTuple):
+    """What a lane stages at a time: which of its warp's groups of 32 keys, and its key and vector there."""
+
+    group: int
+    key: Int32
+    vector: Int32
+
+
+class Given(NamedTuple):
+    """What a mask and a bias say of a key and head, as loaded."""
+
+    keeps: cutlass.Uint8 | None
+    bias: cutlass.Numeric | None
+
+
 @dataclass(frozen=True)
 class KeyBiasStager:
-    """Fills a ring of staged KV tiles. `warps` warps share the keys of a tile; each arrives once on a full barrier."""
+    """Fills a ring of staged KV tiles. `warps` warps share the keys of a tile; each arrives once on a full barrier.
+
+    A warp has groups of 32 keys. Its lanes have a key each or, where several vectors are staged, a key and vector each,
+    so that the heads of a key, which lie side by side, are read together.
+    """
 
     spec: KeySideSpec
     source: KeySide
@@ -89,39 +110,92 @@ class KeyBiasStager:
     ring: MbarrierRing
     warp: Int32
     warps: int
+    values_at_once: int  # that a lane has on their way, as many as it has registers for
+
+    @property
+    def groups(self) -> int:
+        return -(-cute.size(self.staged, mode=[0]) // (WARP * self.warps))
+
+    def _group_key(self, group: int) -> Int32:
+        """The first key of a group in the KV tile."""
+        return (group * self.warps + self.warp) * WARP
+
+    def _key_to_read(self, kv_tile: Int32, in_tile: Int32, place: Place) -> Int32:
+        """A key of the sequence, whatever a lane's own is: loads without a condition are all on their way at once."""
+        key = kv_tile * cute.size(self.staged, mode=[0]) + in_tile
+        return cutlass.max(cutlass.min(key, place.seqlens.len_k - 1), 0)
+
+    def _entries(self, kv_tile: Int32, place: Place) -> list:
+        """Of each group: lane i gets the table entry of key i."""
+        lane = cute.arch.lane_idx()
+        return [place.entry(self._key_to_read(kv_tile, self._group_key(g) + lane, place)) for g in range(self.groups)]
 
     @cute.jit
     def bring(self, kv_tile: Int32, place: Place):
-        """Starts to bring what `stage` will read of a KV tile into L2; of a negative one, which is none, nothing.
+        """Starts to bring what `stage` will read of a KV tile into L2; a negative one is none.
 
         Called a KV tile ahead: a tile of a decode takes 1.8 microseconds, and two trips to memory, to the page table
         and to the bias, nearly as long.
         """
-        tile_n, mask, bias = cute.size(self.staged, mode=[0]), self.source.mask, self.source.bias
-        for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
-            in_tile = first + self.warp * WARP + cute.arch.lane_idx()
-            key = kv_tile * tile_n + in_tile
-            if kv_tile >= 0 and in_tile < tile_n and key < place.seqlens.len_k:
-                coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key)
-                if const_expr(mask is not None):
-                    _prefetch(mask, (*coordinates, place.head(self.spec.mask, 0)))
-                if const_expr(bias is not None):
-                    _prefetch(bias, (*coordinates, place.head(self.spec.bias, 0)))
+        mask, bias, lane = self.source.mask, self.source.bias, cute.arch.lane_idx()
+        for g, entry in enumerate(self._entries(kv_tile, place)):
+            key = self._key_to_read(kv_tile, self._group_key(g) + lane, place)
+            coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key, entry)
+            if const_expr(mask is not None):
+                _prefetch(mask, (*coordinates, place.head(self.spec.mask, 0)))
+            if const_expr(bias is not None):
+                _prefetch(bias, (*coordinates, place.head(self.spec.bias, 0)))
+
+    def _steps(self) -> list[Step]:
+        vectors, lane = cute.size(self.staged, mode=[1]), cute.arch.lane_idx()
+        lanes_a_key = min(1 << (vectors - 1).bit_length(), WARP)
+        keys_at_once = WARP // lanes_a_key
+        return [
+            Step(group, first_key + lane // lanes_a_key, first_vector + lane % lanes_a_key)
+            for group in range(self.groups)
+            for first_key in range(0, WARP, keys_at_once)
+            for first_vector in range(0, vectors, lanes_a_key)
+        ]
 
     @cute.jit
     def stage(self, position: RingPosition, kv_tile: Int32, place: Place):
-        tile_n, vectors = cute.size(self.staged, mode=[0]), cute.size(self.staged, mode=[1])
         to = self.staged[None, None, self.ring.stage(position)]
-        self.ring.wait_empty(position)
-        for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
-            in_tile = first + self.warp * WARP + cute.arch.lane_idx()
-            key = kv_tile * tile_n + in_tile
-            if in_tile < tile_n and key < place.seqlens.len_k:
-                self._stage_key(to[in_tile, None], place, key)
-            elif in_tile < tile_n:
-                for v in cutlass.range_constexpr(vectors):
-                    to[in_tile, v] = -Float32.inf
+        entries, steps = self._entries(kv_tile, place), self._steps()
+        for first in cutlass.range_constexpr(0, len(steps), self.values_at_once):
+            now = steps[first : first + self.values_at_once]
+            given = [self._read(step, kv_tile, place, entries[step.group]) for step in now]
+            if const_expr(first == 0):
+                self.ring.wait_empty(position)
+            for i in cutlass.range_constexpr(len(now)):
+                self._put(to, now[i], given[i], kv_tile, place)
         self.ring.fill(position)
+
+    def _read(self, step: Step, kv_tile: Int32, place: Place, entry: Int32) -> Given:
+        mask, bias = self.source.mask, self.source.bias
+        if const_expr(place.table is not None and cute.size(self.staged, mode=[1]) > 1):
+            entry = cute.arch.shuffle_sync(entry, step.key)
+        key = self._key_to_read(kv_tile, self._group_key(step.group) + step.key, place)
+        coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key, entry)
+        # Lanes without a vector of their own read the last one's.
+        vector = cutlass.min(step.vector, cute.size(self.staged, mode=[1]) - 1)
+        return Given(
+            None if mask is None else mask[(*coordinates, place.head(self.spec.mask, vector))],
+            None if bias is None else bias[(*coordinates, place.head(self.spec.bias, vector))],
+        )
+
+    @cute.jit
+    def _put(self, to: cute.Tensor, step: Step, given: Given, kv_tile: Int32, place: Place):
+        in_tile = self._group_key(step.group) + step.key
+        tile_n, vectors = cute.size(to, mode=[0]), cute.size(to, mode=[1])
+        value = Float32(0.0)
+        if const_expr(given.bias is not None):
+            bias = given.bias.to(Float32)
+            value = -Float32.inf if bias <= self.spec.lowest else bias * self.source.factor
+        if const_expr(given.keeps is not None):
+            value = value if given.keeps != 0 else -Float32.inf
+        value = value if kv_tile * tile_n + in_tile < place.seqlens.len_k else -Float32.inf
+        if in_tile < tile_n and step.vector < vectors:
+            to[in_tile, step.vector] = value
 
     @cute.jit
     def clear_hidden_values(
@@ -141,22 +215,19 @@ class KeyBiasStager:
         Behind `stage` of the KV tile that follows, as V is loaded behind the K that follows. Each of the warps arrives
         once on a barrier of `cleared`, for which consumers wait instead of `loaded`.
         """
-        tile_n, vectors = cute.size(self.staged, mode=[0]), cute.size(self.staged, mode=[1])
+        tile_n = cute.size(self.staged, mode=[0])
         staged = self.staged[None, None, self.ring.stage(position)]
         piece_rows = cute.size(values, mode=[0])
         zeros = cute.make_rmem_tensor(8, values.element_type)
         zeros.fill(0.0)
+        rows = [self._group_key(g) + cute.arch.lane_idx() for g in range(self.groups)]
+        are_hidden = [self._is_hidden(staged, row) for row in rows]
         for piece in cutlass.range_constexpr(tile_n // piece_rows):
             loaded.wait_full(first_piece.advanced(piece))
-        for first in cutlass.range(0, tile_n, WARP * self.warps, unroll=1):
-            in_tile = first + self.warp * WARP + cute.arch.lane_idx()
-            is_hidden = in_tile < tile_n
-            if is_hidden:
-                for vector in cutlass.range_constexpr(vectors):
-                    is_hidden = is_hidden and staged[in_tile, vector] == -Float32.inf
-            if is_hidden:
-                stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
-                row = values[in_tile % piece_rows, None, stage]
+        for g in cutlass.range_constexpr(self.groups):
+            if are_hidden[g]:
+                stage = loaded.stage(first_piece.advanced(rows[g] // piece_rows))
+                row = values[rows[g] % piece_rows, None, stage]
                 chunks = cute.logical_divide(row, cute.make_layout(8))
                 # With 4 at a time the staging warps of Blackwell spilled.
                 for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=2):
@@ -166,25 +237,12 @@ class KeyBiasStager:
         cleared.fill(position)
 
     @cute.jit
-    def _stage_key(self, to: cute.Tensor, place: Place, key: Int32):
-        """to: (vectors,) of one key."""
-        mask, bias = self.source.mask, self.source.bias
-        coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key)
-        vectors = cute.size(to)
-        heads_at_once = VALUES_AT_ONCE if const_expr(mask is None or bias is None) else VALUES_AT_ONCE // 2
-        for v in cutlass.range_constexpr(0, vectors, heads_at_once):
-            heads = range(v, min(v + heads_at_once, vectors))
-            values = [Float32(0.0) for _ in heads]
-            if const_expr(bias is not None):
-                given = [bias[(*coordinates, place.head(self.spec.bias, head))].to(Float32) for head in heads]
-            if const_expr(mask is not None):
-                keeps = [mask[(*coordinates, place.head(self.spec.mask, head))] for head in heads]
-            for i in cutlass.range_constexpr(len(values)):
-                if const_expr(bias is not None):
-                    values[i] = -Float32.inf if given[i] <= self.spec.lowest else given[i] * self.source.factor
-                if const_expr(mask is not None):
-                    values[i] = values[i] if keeps[i] != 0 else -Float32.inf
-                to[v + i] = values[i]
+    def _is_hidden(self, staged: cute.Tensor, row: Int32) -> Boolean:
+        is_hidden = row < cute.size(staged, mode=[0])
+        if is_hidden:
+            for vector in cutlass.range_constexpr(cute.size(staged, mode=[1])):
+                is_hidden = is_hidden and staged[row, vector] == -Float32.inf
+        return is_hidden
 
 
 def _prefetch(x: cute.Tensor, coordinate):
