@@ -129,7 +129,7 @@ class PackKeyMask:
                 ]
                 for i in range(TILES_AT_ONCE)
             ]
-            rows = [[place.coordinates(mask, key) for key in of_tile] for of_tile in keys]
+            rows = [[place.coordinates(mask, key, place.entry(key)) for key in of_tile] for of_tile in keys]
             seen = [Int32(0)] * TILES_AT_ONCE
             for head in cutlass.range(first_head, first_head + scalars.heads_per_group, unroll=1):
                 for i in cutlass.range_constexpr(TILES_AT_ONCE):
