@@ -495,7 +495,7 @@ class ForwardSm100:
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
             return RowGatherer.create(operand.source, head, stages, ring, table, tile_n, Int32(0), 1, GATHER_UNROLL)
-        return PagedTileLoader.create(operand.source, head, box, stages, ring, table, tile_n)
+        return PagedTileLoader.create(operand.source, head, box, stages, ring, table, tile_n, False)
 
     @cute.jit
     def _load_queries(

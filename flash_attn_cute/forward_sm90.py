@@ -425,6 +425,8 @@ class ForwardSm90:
         """What loads keys or values of a work tile, in the way in which they lie in memory."""
         spec, tile_n = self.spec, self.spec.tile.tile_n
         head = work.head if spec.packed else work.head // spec.qheads_per_kvhead
+        # The tile of few rows has all queries of a KV head, where its query heads are packed.
+        once = spec.tile.consumers == 1 and (spec.packed or spec.qheads_per_kvhead == 1)
         if tensors.page_table is None:
             rows = ragged_tma.key_rows(
                 operand.source,
@@ -434,13 +436,14 @@ class ForwardSm90:
                 packed=tensors.packed_k,
                 ragged=tensors.ragged_k,
             )
-            return ragged_tma.TileLoader.create(operand.atom, rows, (tile_n, cute.size(smem, mode=[1])), smem, ring)
+            box = tile_n, cute.size(smem, mode=[1])
+            return ragged_tma.TileLoader.create(operand.atom, rows, box, smem, ring, once=once)
         table = page_table(spec, tensors, scalars, seqlens, work.batch)
         if spec.gathers:
             unroll = GATHER_UNROLL_OF_FEW_ROWS if spec.tile.consumers == 1 else GATHER_UNROLL
             return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, SPARE_WARPS, unroll)
         box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
-        return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n)
+        return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n, once)
 
     def _consumer(self, s_mma, o_mma, stages: Stages, scalars: ForwardScalars) -> Consumer:
         tile = self.spec.tile

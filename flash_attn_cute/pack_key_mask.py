@@ -130,14 +130,18 @@ class PackKeyMask:
                 for i in range(TILES_AT_ONCE)
             ]
             rows = [[place.coordinates(mask, key, place.entry(key)) for key in of_tile] for of_tile in keys]
-            seen = [Int32(0)] * TILES_AT_ONCE
-            for head in cutlass.range(first_head, first_head + scalars.heads_per_group, unroll=1):
+            # Bit i: of tile + i. Most tiles are told by the first head.
+            active, head = Int32(0), first_head
+            while head < first_head + scalars.heads_per_group and active != (1 << TILES_AT_ONCE) - 1:
                 for i in cutlass.range_constexpr(TILES_AT_ONCE):
+                    seen = Int32(0)
                     for row in rows[i]:
-                        seen[i] = seen[i] | mask[(*row, head)].to(Int32)
+                        seen = seen | mask[(*row, head)].to(Int32)
+                    if cute.arch.vote_ballot_sync(seen != 0) != 0:
+                        active = active | (1 << i)
+                head = head + 1
             for i in cutlass.range_constexpr(TILES_AT_ONCE):
-                is_active = cute.arch.vote_ballot_sync(seen[i] != 0) != 0
-                if is_active and tile + i < end:
+                if (active >> i) & 1 != 0 and tile + i < end:
                     bits = bits | (Uint32(1) << Uint32(tile + i - first))
         return bits
 

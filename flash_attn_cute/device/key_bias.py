@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device import packed
 from flash_attn_cute.device.paged_kv import PageTable
@@ -21,6 +21,7 @@ from flash_attn_cute.device.seqlens import Seqlens
 from flash_attn_cute.tuning import BIAS_STAGES
 
 WARP = 32
+CHUNK = 8  # elements of 16 bits that a lane writes at once
 # How heads of a mask or a bias belong to query heads.
 ALL_HEADS, KV_HEADS, QUERY_HEADS = "all", "kv", "query"
 
@@ -218,31 +219,40 @@ class KeyBiasStager:
         tile_n = cute.size(self.staged, mode=[0])
         staged = self.staged[None, None, self.ring.stage(position)]
         piece_rows = cute.size(values, mode=[0])
-        zeros = cute.make_rmem_tensor(8, values.element_type)
+        chunks_a_row = cute.size(values, mode=[1]) // CHUNK
+        zeros = cute.make_rmem_tensor(CHUNK, values.element_type)
         zeros.fill(0.0)
-        rows = [self._group_key(g) + cute.arch.lane_idx() for g in range(self.groups)]
-        are_hidden = [self._is_hidden(staged, row) for row in rows]
+        lane = cute.arch.lane_idx()
+        hidden = [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
         for piece in cutlass.range_constexpr(tile_n // piece_rows):
             loaded.wait_full(first_piece.advanced(piece))
+        # Lanes side by side clear a row, as many rows at once as there are lanes for.
         for g in cutlass.range_constexpr(self.groups):
-            if are_hidden[g]:
-                stage = loaded.stage(first_piece.advanced(rows[g] // piece_rows))
-                row = values[rows[g] % piece_rows, None, stage]
-                chunks = cute.logical_divide(row, cute.make_layout(8))
-                # With 4 at a time the staging warps of Blackwell spilled.
-                for i in cutlass.range(cute.size(chunks, mode=[1]), unroll=2):
-                    cute.autovec_copy(zeros, chunks[None, i])
+            rows = hidden[g]
+            while rows != 0:
+                row = Int32(-1)
+                for i in cutlass.range_constexpr(max(WARP // chunks_a_row, 1)):
+                    lowest = rows & -rows
+                    if lane // chunks_a_row == i and lowest != 0:
+                        row = Int32(31 - cute.arch.clz(lowest))
+                    rows = rows ^ lowest
+                if row >= 0:
+                    in_tile = self._group_key(g) + row
+                    stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
+                    chunks = cute.logical_divide(values[in_tile % piece_rows, None, stage], cute.make_layout(CHUNK))
+                    cute.autovec_copy(zeros, chunks[None, lane % chunks_a_row])
         # The tensor cores read them through the async proxy.
         cute.arch.fence_proxy("async.shared", space="cta")
         cleared.fill(position)
 
     @cute.jit
-    def _is_hidden(self, staged: cute.Tensor, row: Int32) -> Boolean:
+    def _hidden_rows(self, staged: cute.Tensor, row: Int32) -> Int32:
+        """Of the rows that the lanes of a warp ask for, a bit each: no vector sees it."""
         is_hidden = row < cute.size(staged, mode=[0])
         if is_hidden:
             for vector in cutlass.range_constexpr(cute.size(staged, mode=[1])):
                 is_hidden = is_hidden and staged[row, vector] == -Float32.inf
-        return is_hidden
+        return cute.arch.vote_ballot_sync(is_hidden)
 
 
 def _prefetch(x: cute.Tensor, coordinate):

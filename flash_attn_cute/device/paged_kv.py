@@ -22,7 +22,7 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 from flash_attn_cute.device.divisor import Divisor
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
-from flash_attn_cute.device.ragged_tma import swizzled_columns
+from flash_attn_cute.device.ragged_tma import cache_policy, swizzled_columns
 
 WARP = 32
 CHUNK = 8  # elements in the 16 bytes that one cp.async moves; all of this is of elements of 16 bits
@@ -117,11 +117,12 @@ class PagedTileLoader:
     ring: MbarrierRing
     table: PageTable
     tile_n: int
+    once: bool  # nobody else loads the same
 
     @staticmethod
-    def create(pages: PageCopies, head: Int32, box, smem: cute.Tensor, ring: MbarrierRing, table: PageTable, tile_n):
-        """smem: (rows, columns, stages); box: (rows, columns)."""
-        return PagedTileLoader(pages, head, cute.flat_divide(smem, box), ring, table, tile_n)
+    def create(pages: PageCopies, head: Int32, box, smem: cute.Tensor, *rest):
+        """smem: (rows, columns, stages); box: (rows, columns); rest: the fields behind `boxes`."""
+        return PagedTileLoader(pages, head, cute.flat_divide(smem, box), *rest)
 
     def find(self, kv_tile: Int32) -> PagesOfTile:
         return find_spans(self.table, kv_tile, self.tile_n)
@@ -164,7 +165,7 @@ class PagedTileLoader:
                 cute.group_modes(to[None, None, j], 0, 2),
                 cute.group_modes(source, 0, 2),
             )
-            cute.copy(atom, from_box, to_box, tma_bar_ptr=barrier)
+            cute.copy(atom, from_box, to_box, tma_bar_ptr=barrier, cache_policy=cache_policy(self.once))
 
 
 @cute.jit

@@ -17,11 +17,14 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, const_expr
+from cutlass import Int32, Int64, const_expr
 from cutlass.cute.nvgpu import cpasync
 
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.seqlens import Seqlens
+
+# As createpolicy.fractional.L2::evict_first makes it.
+EVICT_FIRST = 0x12F0000000000000
 
 
 def swizzled_columns(columns: int) -> int:
@@ -106,6 +109,11 @@ class NoRows(NamedTuple):
         return NoRows(atom, source, first_row)
 
 
+def cache_policy(once: bool) -> Int64 | None:
+    """What is loaded once leaves L2 first, and what else lies there, such as a bias of all heads, is read from it."""
+    return Int64(EVICT_FIRST) if once else None
+
+
 @dataclass(frozen=True)
 class TileLoader:
     """Copies tiles of one operand into the stages of a ring.
@@ -121,6 +129,7 @@ class TileLoader:
     row_pieces: int  # stages that the rows of a tile take
     rows: int  # of a box
     no_rows: NoRows | None  # needed where a piece may have none, in a ragged view
+    once: bool  # nobody else loads the same
 
     @staticmethod
     def create(
@@ -132,6 +141,7 @@ class TileLoader:
         first_stage: int = 0,
         row_pieces: int = 1,
         no_rows: NoRows | None = None,
+        once: bool = False,
     ):
         """smem: (rows, columns, stages); box: (rows, columns), of which the rows may be (heads, tokens)."""
         tiles = cute.local_tile(rows, box, (None, None))
@@ -139,7 +149,7 @@ class TileLoader:
         to, source = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(stages, 0, 2), cute.group_modes(tiles, 0, 2)
         )
-        return TileLoader(atom, source, to, ring, first_stage, row_pieces, cute.size(box[0]), no_rows)
+        return TileLoader(atom, source, to, ring, first_stage, row_pieces, cute.size(box[0]), no_rows, once)
 
     def find(self, tile: Int32) -> Int32:
         """Where a tile is: nothing to look up."""
@@ -168,4 +178,5 @@ class TileLoader:
         """source: (box, box column); to: (box, box column) of a stage."""
         # A loop rather than copies side by side: the operands of each take registers of a kind of which there are few.
         for i in cutlass.range(cute.size(to, mode=[1]), unroll=1):
-            cute.copy(atom, source[None, first_column + i], to[None, i], tma_bar_ptr=barrier)
+            policy = cache_policy(self.once)
+            cute.copy(atom, source[None, first_column + i], to[None, i], tma_bar_ptr=barrier, cache_policy=policy)
