@@ -62,7 +62,7 @@ WARPS = 4
 # Steps of gathering at once, for which the loading warp has registers; with all 8 at d128 it spilled.
 GATHER_UNROLL = 4
 # Keys whose mask and bias a lane reads at once, by the registers that it has.
-STAGED_AT_ONCE = 4
+STAGED_AT_ONCE = 2
 
 
 class Operand(NamedTuple):

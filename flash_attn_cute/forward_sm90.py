@@ -61,7 +61,7 @@ FIRST_SPARE_WARP, SPARE_WARPS = 2, 2
 # (csrc_notes/paged_kv.md). Beside more than one consumer a gathering warp has registers for fewer.
 GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
 # Keys whose mask and bias a lane reads at once, by consumers: it has 96, 40 or 32 registers.
-STAGED_AT_ONCE = {1: 16, 2: 4, 3: 1}
+STAGED_AT_ONCE = {1: 8, 2: 4, 3: 2}
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 

@@ -147,29 +147,41 @@ class KeyBiasStager:
             if const_expr(bias is not None):
                 _prefetch(bias, (*coordinates, place.head(self.spec.bias, 0)))
 
-    def _steps(self) -> list[Step]:
-        vectors, lane = cute.size(self.staged, mode=[1]), cute.arch.lane_idx()
-        lanes_a_key = min(1 << (vectors - 1).bit_length(), WARP)
-        keys_at_once = WARP // lanes_a_key
-        return [
-            Step(group, first_key + lane // lanes_a_key, first_vector + lane % lanes_a_key)
-            for group in range(self.groups)
-            for first_key in range(0, WARP, keys_at_once)
-            for first_vector in range(0, vectors, lanes_a_key)
-        ]
-
     @cute.jit
     def stage(self, position: RingPosition, kv_tile: Int32, place: Place):
         to = self.staged[None, None, self.ring.stage(position)]
-        entries, steps = self._entries(kv_tile, place), self._steps()
-        for first in cutlass.range_constexpr(0, len(steps), self.values_at_once):
-            now = steps[first : first + self.values_at_once]
-            given = [self._read(step, kv_tile, place, entries[step.group]) for step in now]
-            if const_expr(first == 0):
-                self.ring.wait_empty(position)
-            for i in cutlass.range_constexpr(len(now)):
-                self._put(to, now[i], given[i], kv_tile, place)
+        entries = self._entries(kv_tile, place)
+        if const_expr(cute.size(to, mode=[1]) == 1):
+            steps = [Step(g, cute.arch.lane_idx(), Int32(0)) for g in range(self.groups)]
+            given = [self._read(step, kv_tile, place, entries[step.group]) for step in steps]
+            self.ring.wait_empty(position)
+            for i in cutlass.range_constexpr(len(steps)):
+                self._put(to, steps[i], given[i], kv_tile, place)
+        else:
+            self.ring.wait_empty(position)
+            for g in cutlass.range_constexpr(self.groups):
+                self._stage_vectors(to, g, kv_tile, place, entries[g])
         self.ring.fill(position)
+
+    @cute.jit
+    def _stage_vectors(self, to: cute.Tensor, group: cutlass.Constexpr, kv_tile: Int32, place: Place, entry: Int32):
+        vectors, lane = cute.size(to, mode=[1]), cute.arch.lane_idx()
+        lanes_a_key = min(1 << (vectors - 1).bit_length(), WARP)
+        keys_at_once, rounds_a_key = WARP // lanes_a_key, -(-vectors // lanes_a_key)
+        rounds = lanes_a_key * rounds_a_key
+        at_once = min(self.values_at_once, rounds)
+        for first in cutlass.range(0, rounds, at_once, unroll=1):
+            steps = [
+                Step(
+                    group,
+                    (first + i) // rounds_a_key * keys_at_once + lane // lanes_a_key,
+                    (first + i) % rounds_a_key * lanes_a_key + lane % lanes_a_key,
+                )
+                for i in range(at_once)
+            ]
+            given = [self._read(step, kv_tile, place, entry) for step in steps]
+            for i in cutlass.range_constexpr(at_once):
+                self._put(to, steps[i], given[i], kv_tile, place)
 
     def _read(self, step: Step, kv_tile: Int32, place: Place, entry: Int32) -> Given:
         mask, bias = self.source.mask, self.source.bias
