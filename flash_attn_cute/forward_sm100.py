@@ -556,9 +556,8 @@ class ForwardSm100:
         tile. `warp` numbers those that do."""
         tile_position = position = MbarrierRing.start()
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
-        stager = KeyBiasStager(
-            self.spec.key_side, source, shared.bias.staged, shared.bias.ring, warp, WARPS, STAGED_AT_ONCE
-        )
+        staged, ring = shared.bias.staged, shared.bias.ring
+        stager = KeyBiasStager(self.spec.key_side, source, staged, ring, warp, WARPS, STAGED_AT_ONCE)
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)

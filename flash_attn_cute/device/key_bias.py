@@ -238,21 +238,17 @@ class KeyBiasStager:
         hidden = [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
         for piece in cutlass.range_constexpr(tile_n // piece_rows):
             loaded.wait_full(first_piece.advanced(piece))
-        # Lanes side by side clear a row, as many rows at once as there are lanes for.
+        # A lane a chunk of a row, and row after row: few are hidden, or the whole tile would have been skipped.
         for g in cutlass.range_constexpr(self.groups):
             rows = hidden[g]
             while rows != 0:
-                row = Int32(-1)
-                for i in cutlass.range_constexpr(max(WARP // chunks_a_row, 1)):
-                    lowest = rows & -rows
-                    if lane // chunks_a_row == i and lowest != 0:
-                        row = Int32(31 - cute.arch.clz(lowest))
-                    rows = rows ^ lowest
-                if row >= 0:
-                    in_tile = self._group_key(g) + row
-                    stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
-                    chunks = cute.logical_divide(values[in_tile % piece_rows, None, stage], cute.make_layout(CHUNK))
-                    cute.autovec_copy(zeros, chunks[None, lane % chunks_a_row])
+                highest = 31 - Int32(cute.arch.clz(rows))
+                rows = rows ^ (Int32(1) << highest)
+                in_tile = self._group_key(g) + highest
+                stage = loaded.stage(first_piece.advanced(in_tile // piece_rows))
+                chunks = cute.logical_divide(values[in_tile % piece_rows, None, stage], cute.make_layout(CHUNK))
+                if lane < chunks_a_row:
+                    cute.autovec_copy(zeros, chunks[None, lane])
         # The tensor cores read them through the async proxy.
         cute.arch.fence_proxy("async.shared", space="cta")
         cleared.fill(position)
