@@ -598,7 +598,8 @@ class ForwardSm90:
         rings.k.release_converged(kv_position)
         bias = Biases(None, None)
         if const_expr(self.spec.key_side is not None):
-            bias = bias._replace(of_keys=BiasOfRows.of_accumulator(self.spec, rows, column, stages.bias, rings.bias))
+            of_keys = BiasOfRows.of_accumulator(self.spec, rows, column, stages.bias, rings.bias, self.bias_warps)
+            bias = bias._replace(of_keys=of_keys)
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
             bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))

@@ -129,7 +129,9 @@ class PackKeyMask:
                 ]
                 for i in range(TILES_AT_ONCE)
             ]
-            rows = [[place.coordinates(mask, key, place.entry(key)) for key in of_tile] for of_tile in keys]
+            # All table entries are on their way before the first is looked at.
+            found = [[(key, place.entry(key)) for key in of_tile] for of_tile in keys]
+            rows = [[place.coordinates(mask, *of_key) for of_key in of_tile] for of_tile in found]
             # Bit i: of tile + i. Most tiles are told by the first head.
             active, head = Int32(0), first_head
             while head < first_head + scalars.heads_per_group and active != (1 << TILES_AT_ONCE) - 1:

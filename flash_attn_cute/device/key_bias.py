@@ -22,6 +22,7 @@ from flash_attn_cute.tuning import BIAS_STAGES
 
 WARP = 32
 CHUNK = 8  # elements of 16 bits that a lane writes at once
+MOST_STAGING_WARPS = 4  # as many numbers as there are between vectors, at least
 # How heads of a mask or a bias belong to query heads.
 ALL_HEADS, KV_HEADS, QUERY_HEADS = "all", "kv", "query"
 
@@ -155,12 +156,17 @@ class KeyBiasStager:
             steps = [Step(g, cute.arch.lane_idx(), Int32(0)) for g in range(self.groups)]
             given = [self._read(step, kv_tile, place, entries[step.group]) for step in steps]
             self.ring.wait_empty(position)
+            hides = Int32(0)
             for i in cutlass.range_constexpr(len(steps)):
-                self._put(to, steps[i], given[i], kv_tile, place)
+                hides = hides | self._put(to, steps[i], given[i], kv_tile, place)
         else:
             self.ring.wait_empty(position)
+            hides = Int32(0)
             for g in cutlass.range_constexpr(self.groups):
-                self._stage_vectors(to, g, kv_tile, place, entries[g])
+                hides = hides | self._stage_vectors(to, g, kv_tile, place, entries[g])
+        hides = cute.arch.vote_ballot_sync(hides != 0)
+        if cute.arch.lane_idx() == 0:
+            _hiding(to)[self.warp] = hides
         self.ring.fill(position)
 
     @cute.jit
@@ -170,6 +176,7 @@ class KeyBiasStager:
         keys_at_once, rounds_a_key = WARP // lanes_a_key, -(-vectors // lanes_a_key)
         rounds = lanes_a_key * rounds_a_key
         at_once = min(self.values_at_once, rounds)
+        hides = Int32(0)
         for first in cutlass.range(0, rounds, at_once, unroll=1):
             steps = [
                 Step(
@@ -181,7 +188,8 @@ class KeyBiasStager:
             ]
             given = [self._read(step, kv_tile, place, entry) for step in steps]
             for i in cutlass.range_constexpr(at_once):
-                self._put(to, steps[i], given[i], kv_tile, place)
+                hides = hides | self._put(to, steps[i], given[i], kv_tile, place)
+        return hides
 
     def _read(self, step: Step, kv_tile: Int32, place: Place, entry: Int32) -> Given:
         mask, bias = self.source.mask, self.source.bias
@@ -197,7 +205,8 @@ class KeyBiasStager:
         )
 
     @cute.jit
-    def _put(self, to: cute.Tensor, step: Step, given: Given, kv_tile: Int32, place: Place):
+    def _put(self, to: cute.Tensor, step: Step, given: Given, kv_tile: Int32, place: Place) -> Int32:
+        """Returns whether what it stages hides a key."""
         in_tile = self._group_key(step.group) + step.key
         tile_n, vectors = cute.size(to, mode=[0]), cute.size(to, mode=[1])
         value = Float32(0.0)
@@ -207,8 +216,10 @@ class KeyBiasStager:
         if const_expr(given.keeps is not None):
             value = value if given.keeps != 0 else -Float32.inf
         value = value if kv_tile * tile_n + in_tile < place.seqlens.len_k else -Float32.inf
-        if in_tile < tile_n and step.vector < vectors:
+        is_staged = in_tile < tile_n and step.vector < vectors
+        if is_staged:
             to[in_tile, step.vector] = value
+        return Int32(1) if is_staged and value == -Float32.inf else Int32(0)
 
     @cute.jit
     def clear_hidden_values(
@@ -263,6 +274,12 @@ class KeyBiasStager:
         return cute.arch.vote_ballot_sync(is_hidden)
 
 
+def _hiding(staged: cute.Tensor) -> cute.Tensor:
+    """Behind the first vector of a stage, an int32 a staging warp: other than 0 where it has hidden a key."""
+    pad = cute.make_tensor(staged.iterator + cute.size(staged, mode=[0]), cute.make_layout(MOST_STAGING_WARPS))
+    return cute.recast_tensor(pad, Int32)
+
+
 def _prefetch(x: cute.Tensor, coordinate):
     """The line of an element, into L2."""
     cute.arch.prefetch(cute.domain_offset(coordinate, x).iterator.llvm_ptr, cache_level="L2")
@@ -283,28 +300,50 @@ class BiasOfRows:
     run: int
     step: int
     packs: bool  # whether pairs are added by one instruction, as Blackwell can
+    staging_warps: int  # asked whether they hide a key; 0: a key may always be hidden
 
     @staticmethod
-    def of_accumulator(spec, rows, column: Int32, staged: cute.Tensor, ring: MbarrierRing):
+    def of_accumulator(spec, rows, column: Int32, staged: cute.Tensor, ring: MbarrierRing, staging_warps: int):
         """For WGMMA accumulators. spec: a ForwardSpec with a `key_side`; rows: the thread's OutputRows."""
         vectors = _vectors(spec, [rows.row(r) for r in range(2)])
-        return BiasOfRows(staged, ring, vectors, column, rows=2, run=2, step=8, packs=False)
+        return BiasOfRows(
+            staged, ring, vectors, column, rows=2, run=2, step=8, packs=False, staging_warps=staging_warps
+        )
 
     @staticmethod
     def of_row(spec, row: Int32, staged: cute.Tensor, ring: MbarrierRing):
         """For one row, all columns of which the thread has."""
-        return BiasOfRows(staged, ring, _vectors(spec, [row]), Int32(0), rows=1, run=4, step=4, packs=True)
+        return BiasOfRows(
+            staged, ring, _vectors(spec, [row]), Int32(0), rows=1, run=4, step=4, packs=True, staging_warps=0
+        )
 
     @cute.jit
     def add(self, scores: cute.Tensor, position: RingPosition):
         """To the scores of the KV tile at `position` of the ring, of which the warp then has no more need."""
         self.ring.wait_full(position)
-        self.add_from(scores, position, 0)
+        if const_expr(self.staging_warps == 0):
+            self.add_from(scores, position, 0)
+        else:
+            hiding = _hiding(self.staged[None, None, self.ring.stage(position)])
+            hides = hiding[0]
+            for warp in cutlass.range_constexpr(1, self.staging_warps):
+                hides = hides | hiding[warp]
+            if hides != 0:
+                self.add_from(scores, position, 0)
+            else:
+                self.add_from(scores, position, 0, hides=False)
         self.ring.release(position)
 
     @cute.jit
-    def add_from(self, scores: cute.Tensor, position: RingPosition, column: cutlass.Constexpr):
-        """`add` of scores from the thread's column `column` on, between waiting for the stage and its release."""
+    def add_from(
+        self,
+        scores: cute.Tensor,
+        position: RingPosition,
+        column: cutlass.Constexpr,
+        hides: cutlass.Constexpr = True,
+    ):
+        """`add` of scores from the thread's column `column` on, between waiting for the stage and its release. hides:
+        whether a key may be hidden."""
         staged = self.staged[None, None, self.ring.stage(position)]
         for j in cutlass.range_constexpr(cute.size(scores) // (self.rows * self.run)):
             first = self.column + column + self.step * j
@@ -314,8 +353,11 @@ class BiasOfRows:
                     bias, i = biases[r % len(biases)], (j * self.rows + r) * self.run + c
                     sums = self._sums((scores[i], scores[i + 1]), (bias[c], bias[c + 1]))
                     for d in cutlass.range_constexpr(2):
-                        # Selected, and not only added: what is masked may be NaN.
-                        scores[i + d] = -Float32.inf if bias[c + d] == -Float32.inf else sums[d]
+                        if const_expr(hides):
+                            # Selected, and not only added: what is masked may be NaN.
+                            scores[i + d] = -Float32.inf if bias[c + d] == -Float32.inf else sums[d]
+                        else:
+                            scores[i + d] = sums[d]
 
     @cute.jit
     def pass_by(self, position: RingPosition):
