@@ -21,7 +21,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_memory, umma
-from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, staged_layout
+from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
@@ -378,7 +378,7 @@ class ForwardSm100:
         slots = table(MAILBOX_STAGES, Int32, mailbox_words(ranges))
         bias = None
         if self.spec.key_side is not None:
-            staged = smem.allocate_tensor(Float32, staged_layout(tile, self.spec.bias_vectors), byte_alignment=16)
+            staged = allocate_staged(smem, tile, self.spec.bias_vectors)
             bias = SharedBias(staged, ring(BIAS_STAGES), ring(tile.kv_stages))
         return Shared(
             q,

@@ -20,7 +20,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
-from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, staged_layout
+from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
@@ -239,8 +239,7 @@ class ForwardSm90:
         smem = SmemAllocator()
         stages = Stages(*(self._allocate(smem, operand) for operand in operands))
         if const_expr(spec.key_side is not None):
-            layout = staged_layout(spec.tile, spec.bias_vectors)
-            stages = stages._replace(bias=smem.allocate_tensor(Float32, layout, byte_alignment=16))
+            stages = stages._replace(bias=allocate_staged(smem, spec.tile, spec.bias_vectors))
         rings = self._rings(smem)
         if warp == LOAD_WARP:
             with cute.arch.elect_one():

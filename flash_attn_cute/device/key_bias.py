@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
+from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import packed
 from flash_attn_cute.device.paged_kv import PageTable
@@ -47,10 +48,12 @@ class KeySide(NamedTuple):
     factor: Float32  # of a bias: 1 / scale
 
 
-def staged_layout(tile, vectors: int) -> cute.Layout:
-    """(tile_n, vectors, stages) of a tile of `tuning`."""
+def allocate_staged(smem: SmemAllocator, tile, vectors: int) -> cute.Tensor:
+    """(tile_n, vectors, stages) float32 of shared memory, for a tile of `tuning`. Behind each vector is its padding."""
     pitch = tile.tile_n + tile.bias_pad
-    return cute.make_layout((tile.tile_n, vectors, BIAS_STAGES), stride=(1, pitch, pitch * vectors))
+    padded = smem.allocate_tensor(Float32, cute.make_layout(pitch * vectors * BIAS_STAGES), byte_alignment=16)
+    layout = cute.make_layout((tile.tile_n, vectors, BIAS_STAGES), stride=(1, pitch, pitch * vectors))
+    return cute.make_tensor(padded.iterator, layout)
 
 
 @dataclass(frozen=True)
