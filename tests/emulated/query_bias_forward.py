@@ -97,12 +97,10 @@ def built(name: str, lengths_q, lengths_k, device=CUDA, **plain) -> tuple[Attent
 # Each takes another path through heads, keys or rows of a work tile. A GPU runs all (`tests/key_bias_matrix.py`).
 EMULATED = [
     "a bias a query head, packed",
-    "a bias a query head, not packed",
     "under a soft cap and beside a sink",
     "a mask of keys and a bias of queries",
     "pages of 3, both sides",
     "few rows",
-    "columns first",
 ]
 
 

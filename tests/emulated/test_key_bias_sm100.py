@@ -4,15 +4,14 @@ A kernel takes some four seconds to compile: here is what differs most, and with
 that the Hopper forward is tested with.
 """
 
-import os
-
 import pytest
 import torch
 
 from tests.attention_cases import attention, build_tensors
 from tests.emulated import key_bias_forward as shared
+from tests.emulated.opt_in import ALL_CASES
 
-if os.environ.get("FLASH_ATTN_CUTE_ALL_CASES") == "1":
+if ALL_CASES:
     from tests.emulated.key_bias_forward import *  # noqa: F403
 
 
