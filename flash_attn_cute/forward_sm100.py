@@ -557,7 +557,7 @@ class ForwardSm100:
         tile_position = position = MbarrierRing.start()
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
         staged, ring = shared.bias.staged, shared.bias.ring
-        stager = KeyBiasStager(self.spec.key_side, source, staged, ring, warp, WARPS, STAGED_AT_ONCE)
+        stager = KeyBiasStager(self.spec.key_side, source, staged, ring, warp, WARPS, STAGED_AT_ONCE, tells=False)
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)

@@ -381,7 +381,9 @@ class ForwardSm90:
     def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
         at_once = STAGED_AT_ONCE[self.spec.tile.consumers]
-        return KeyBiasStager(self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps, at_once)
+        return KeyBiasStager(
+            self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps, at_once, tells=True
+        )
 
     @cute.jit
     def _stage_tile(

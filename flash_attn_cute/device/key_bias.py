@@ -116,6 +116,7 @@ class KeyBiasStager:
     warp: Int32
     warps: int
     values_at_once: int  # that a lane has on their way, as many as it has registers for
+    tells: bool  # whether a key of the tile is hidden: see `_hiding`
 
     @property
     def groups(self) -> int:
@@ -167,9 +168,10 @@ class KeyBiasStager:
             hides = Int32(0)
             for g in cutlass.range_constexpr(self.groups):
                 hides = hides | self._stage_vectors(to, g, kv_tile, place, entries[g])
-        hides = cute.arch.vote_ballot_sync(hides != 0)
-        if cute.arch.lane_idx() == 0:
-            _hiding(to)[self.warp] = hides
+        if const_expr(self.tells):
+            hides = cute.arch.vote_ballot_sync(hides != 0)
+            if cute.arch.lane_idx() == 0:
+                _hiding(to)[self.warp] = hides
         self.ring.fill(position)
 
     @cute.jit
