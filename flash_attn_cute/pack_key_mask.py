@@ -20,8 +20,9 @@ from flash_attn_cute.device.key_bias import Place
 from flash_attn_cute.device.paged_kv import PageTable
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors, row_of_cache
 
-# KV tiles that a warp loads at once: 16 loads on their way, so that a run of four takes the time of one.
+# KV tiles that a warp looks at at once: 16 loads on their way, so that a run of four takes the time of one.
 TILES_AT_ONCE = 4
+ALL_ACTIVE = (1 << TILES_AT_ONCE) - 1
 
 
 @dataclass(frozen=True)
@@ -113,39 +114,81 @@ class PackKeyMask:
         self, mask: cute.Tensor, scalars: PackScalars, place: Place, head_group: Int32, first: Int32, end: Int32
     ) -> Uint32:
         """Bit i: whether any head of the group sees a key of KV tile first + i < end. The same in all lanes."""
-        tile_n, lane = self.spec.tile_n, cute.arch.lane_idx()
-        first_head = head_group * scalars.heads_per_group
-        last_key = place.seqlens.len_k - 1
+        heads = scalars.heads_per_group
+        first_head = head_group * heads
         bits = Uint32(0)
         for tile in cutlass.range(first, end, TILES_AT_ONCE, unroll=1):
-            # Keys that are none, and tiles behind the end, are others of the same or the last tile: loads need no
-            # condition, and are on their way together.
-            keys = [
-                [
-                    cutlass.min(
-                        cutlass.min(tile + i, end - 1) * tile_n + cutlass.min(part + lane, tile_n - 1), last_key
-                    )
-                    for part in range(0, tile_n, WARP)
-                ]
-                for i in range(TILES_AT_ONCE)
-            ]
-            # All table entries are on their way before the first is looked at.
-            found = [[(key, place.entry(key)) for key in of_tile] for of_tile in keys]
-            rows = [[place.coordinates(mask, *of_key) for of_key in of_tile] for of_tile in found]
-            # Bit i: of tile + i. Most tiles are told by the first head.
-            active, head = Int32(0), first_head
-            while head < first_head + scalars.heads_per_group and active != (1 << TILES_AT_ONCE) - 1:
-                for i in cutlass.range_constexpr(TILES_AT_ONCE):
-                    seen = Int32(0)
-                    for row in rows[i]:
-                        seen = seen | mask[(*row, head)].to(Int32)
-                    if cute.arch.vote_ballot_sync(seen != 0) != 0:
-                        active = active | (1 << i)
-                head = head + 1
+            # Tiles behind the end are the last one again.
+            tiles = [cutlass.min(tile + i, end - 1) for i in range(TILES_AT_ONCE)]
+            active = self._sample(mask, place, tiles, first_head)
+            if active != ALL_ACTIVE:
+                active = self._look(mask, place, tiles, first_head, first_head + heads, active)
             for i in cutlass.range_constexpr(TILES_AT_ONCE):
                 if (active >> i) & 1 != 0 and tile + i < end:
                     bits = bits | (Uint32(1) << Uint32(tile + i - first))
         return bits
+
+    @cute.jit
+    def _sample(self, mask: cute.Tensor, place: Place, tiles: list, head: Int32) -> Int32:
+        """Bit i: one head sees one of 32 keys of tiles[i], a lane each. Evenly spread, so that a run of visible keys
+        that is as long as their distance shows, wherever it begins."""
+        in_tile = cute.arch.lane_idx() * self.spec.tile_n // WARP
+        keys = [[self._key(place, tile, in_tile)] for tile in tiles]
+        return self._seen(self._keeps(mask, self._rows(mask, place, keys), head))
+
+    @cute.jit
+    def _look(
+        self, mask: cute.Tensor, place: Place, tiles: list, first_head: Int32, end_head: Int32, active: Int32
+    ) -> Int32:
+        """`active`, with a bit i for those of tiles[i] of which any head sees any key."""
+        lane, tile_n = cute.arch.lane_idx(), self.spec.tile_n
+        # Of tiles that are told, all lanes read the first key.
+        is_open = [((active >> i) & 1) ^ 1 for i in range(TILES_AT_ONCE)]
+        keys = [
+            [
+                self._key(place, tile, cutlass.min(part + lane, tile_n - 1) * is_open_tile)
+                for part in range(0, tile_n, WARP)
+            ]
+            for tile, is_open_tile in zip(tiles, is_open, strict=True)
+        ]
+        rows = self._rows(mask, place, keys)
+        head, keeps = first_head, self._keeps(mask, rows, first_head)
+        while head < end_head and active != ALL_ACTIVE:
+            active = active | self._seen(keeps)
+            head = head + 1
+            # A turn before they are looked at, and so all at once. Loaded where they are looked at, ptxas saves
+            # registers: it looks at the first before it loads the last, and one waits for the other.
+            if head < end_head:
+                keeps = self._keeps(mask, rows, head)
+        return active
+
+    def _key(self, place: Place, tile: Int32, in_tile: Int32) -> Int32:
+        """A key that is none reads the last one: loads need no condition."""
+        return cutlass.min(tile * self.spec.tile_n + in_tile, place.seqlens.len_k - 1)
+
+    def _rows(self, mask: cute.Tensor, place: Place, keys: list) -> list:
+        """Where keys are. All table entries are on their way before the first is looked at."""
+        entries = [[place.entry_of_key(key) for key in of_tile] for of_tile in keys]
+        return [
+            [place.coordinates(mask, key, entry) for key, entry in zip(*of_tile, strict=True)]
+            for of_tile in zip(keys, entries, strict=True)
+        ]
+
+    @staticmethod
+    def _keeps(mask: cute.Tensor, rows: list, head: Int32) -> list:
+        return [[mask[(*row, head)] for row in of_tile] for of_tile in rows]
+
+    @cute.jit
+    def _seen(self, keeps: list) -> Int32:
+        """Bit i: whether any of keeps[i] does, of all lanes."""
+        seen = Int32(0)
+        for i in cutlass.range_constexpr(TILES_AT_ONCE):
+            any_kept = keeps[i][0]
+            for keep in keeps[i][1:]:
+                any_kept = any_kept | keep
+            if cute.arch.vote_ballot_sync(any_kept != 0) != 0:
+                seen = seen | (1 << i)
+        return seen
 
     def _place(self, tensors: PackTensors, scalars: PackScalars, batch: Int32, seqlens: Seqlens) -> Place:
         mask, table = tensors.mask, None
@@ -164,8 +207,11 @@ class PackKeyMask:
 
     @cute.jit
     def _room(self, tensors: PackTensors, batch: Int32) -> Int32:
-        """Entries of a list: no length, be it wrong, makes it longer."""
-        tiles, cu_seqlens_k = tensors.active.tiles, tensors.cu_seqlens_k
+        """Entries of a list: no length, be it wrong, makes it longer. An empty page table has no keys."""
+        tiles, cu_seqlens_k, table = tensors.active.tiles, tensors.cu_seqlens_k, tensors.page_table
         if const_expr(cu_seqlens_k is not None):
             return cu_seqlens_k[batch + 1] // self.spec.tile_n + 1 - cu_seqlens_k[batch] // self.spec.tile_n
-        return cute.size(tiles, mode=[2])
+        room = cute.size(tiles, mode=[2])
+        if const_expr(table is not None):
+            room = room if cute.size(table, mode=[1]) > 0 else 0
+        return room

@@ -73,6 +73,10 @@ class Place:
         """What the page table has for a key; 0 without one."""
         return Int32(0) if const_expr(self.table is None) else self.table.entry(key)
 
+    def entry_of_key(self, key: Int32) -> Int32:
+        """The same for a key that there is, of a table that is not empty, without a condition."""
+        return Int32(0) if const_expr(self.table is None) else self.table.entry_of_key(key)
+
     @cute.jit
     def coordinates(self, x: cute.Tensor, key: Int32, entry: Int32):
         """Of a key of the sequence, without the head."""

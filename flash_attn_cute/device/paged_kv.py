@@ -74,6 +74,12 @@ class PageTable:
             entry = self.entries[number]
         return entry
 
+    def entry_of_key(self, row: Int32) -> Int32:
+        """`entry` of a row that holds a key, of a table that has an entry: no condition, so that many are on their way
+        at once. Behind a condition ptxas loads strides with each, and where it waits for those, waits for entries."""
+        number = cutlass.min(self.by_page_size.floor(self.position(row)), cute.size(self.entries) - 1)
+        return self.entries[number]
+
     @cute.jit
     def page(self, entry: Int32) -> Int32:
         """The page that an entry names, page 0 for one that the cache does not have: a table that is wrong reads wrong

@@ -102,9 +102,24 @@ def test_lists_equal_the_specification(emulation, monkeypatch, team):
     emulation.reschedule("in-order")
 
 
-def test_tiles_that_no_warp_divides(emulation, monkeypatch):
-    mask, keys, extent = CASES["packed"]
-    assert_packs(mask, keys, ListShape(80, len(LENGTHS), 2, 1, True, extent), monkeypatch, (1, 4))
+@pytest.mark.parametrize("tile_n", [80, 128])
+def test_tiles_of_more_keys_than_lanes(emulation, monkeypatch, tile_n):
+    """Few keys are kept, so that a sample of a tile leaves most of them open."""
+    for name in ("packed", "paged", "paged, left padding"):
+        mask, keys, extent = CASES[name]
+        for groups in (2, 1):
+            shape = ListShape(tile_n, len(LENGTHS), groups, 2 // groups, name == "packed", extent)
+            assert_packs(mask, keys, shape, monkeypatch, (1, 4))
+
+
+def test_each_key_and_head_alone(emulation, monkeypatch):
+    """Of two tiles of a sequence each, the key that none but one head sees: a sample finds a quarter of them."""
+    tile_n, heads = 128, 3
+    key = torch.arange(2 * tile_n)
+    mask = torch.zeros(len(key), 2 * tile_n, heads, dtype=torch.bool)
+    mask[key, key, key % heads] = True
+    shape = ListShape(tile_n, len(key), 1, heads, False, 2 * tile_n)
+    assert_packs(mask, KeyTensors(), shape, monkeypatch, (1, 1))
 
 
 def test_sequences_of_several_rounds(emulation, monkeypatch):
