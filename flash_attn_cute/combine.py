@@ -1,9 +1,11 @@
 """The combine kernels: `Combine` merges every row it is given, `CombinePlanned` the split sequences of a plan.
 
-One warp takes a row where there are few splits, a whole CTA where there are many; which of the two changes no bit (see
-device/merge_splits.py). A launch is persistent: no more CTAs than fit at once, each walking over rows.
+One warp takes a row where there are few splits, a CTA a block of its columns where there are many; which of the two
+changes no bit (see device/merge_splits.py). A launch is persistent: no more CTAs than fit at once, each walking over
+these *pieces*.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,13 +15,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, RowMerger
+from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, WARP, RowMerger
 from flash_attn_cute.device.search import last_at_most
-from flash_attn_cute.device.seqlens import SeqlenSource, SeqlenTensors
+from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.tile_scheduler import PlannedWork
+from flash_attn_cute.tuning import MERGE_LANE_COLUMNS
 
 WARPS = CHAINS
-THREADS = 32 * WARPS
+THREADS = WARP * WARPS
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,6 @@ class CombineSpec:
 
     head_dim_v: int
     warps_per_row: int  # 1 or WARPS
-
-    @property
-    def rows_per_cta(self) -> int:
-        return WARPS // self.warps_per_row
 
 
 class CombineTensors(NamedTuple):
@@ -68,21 +67,21 @@ class Combine:
     @cute.kernel
     def kernel(self, tensors: CombineTensors):
         merger = row_merger(self.spec.head_dim_v, self.spec.warps_per_row)
-        row_in_cta = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // self.spec.warps_per_row
-        num_rows = cute.size(tensors.out) // self.spec.head_dim_v
+        num_pieces = cute.size(tensors.out) // self.spec.head_dim_v * merger.blocks
         grid, _, _ = cute.arch.grid_dim()
-        block, _, _ = cute.arch.block_idx()
-        index = block * self.spec.rows_per_cta + row_in_cta
-        while index < num_rows:
-            row = self._row(tensors, index)
+        cta, _, _ = cute.arch.block_idx()
+        index = first_piece(merger, cta)
+        while index < num_pieces:
+            row = self._row(tensors, index // merger.blocks)
             if const_expr(cute.rank(tensors.out) == 3):
                 partial = tensors.partial[None, row.row, row.head, None]
                 lse_partial = tensors.lse_partial[None, row.row, row.head]
             else:
                 partial = tensors.partial[None, row.batch, row.row, row.head, None]
                 lse_partial = tensors.lse_partial[None, row.batch, row.row, row.head]
-            merge_row(merger, partial, lse_partial, cute.size(lse_partial), row, tensors)
-            index = index + grid * self.spec.rows_per_cta
+            block = index % merger.blocks
+            merge_row(merger, partial, lse_partial, cute.size(lse_partial), row, block, tensors)
+            index = index + grid * pieces_per_cta(merger)
 
     @cute.jit
     def _row(self, tensors: CombineTensors, index: Int32) -> Row:
@@ -113,10 +112,6 @@ class PlannedCombineSpec:
     qheads_per_tile: int  # query heads of a work tile: those of a KV head where they are packed, otherwise 1
     rows_per_token: int  # of a work tile; at least qheads_per_tile
 
-    @property
-    def rows_per_cta(self) -> int:
-        return WARPS // self.warps_per_row
-
 
 class PlannedCombineTensors(NamedTuple):
     """The workspace that the forward kernel filled, and what it left to write."""
@@ -139,17 +134,18 @@ class SplitTile(NamedTuple):
     head: Int32
     num_splits: Int32
     first_slot: Int32
+    seqlens: Seqlens
 
     @staticmethod
     def none():
-        return SplitTile(*(Int32(0) for _ in range(5)))
+        return SplitTile(*(Int32(0) for _ in range(5)), Seqlens.none())
 
 
 class CombinePlanned:
     """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, stream)`.
 
-    CTA (x, y) has every grid_x-th split query tile from x on, and of its rows every grid_y-th group from y on. Where
-    the plan split nothing, that is known after one load.
+    CTA (x, y) has every grid_x-th split query tile from x on, and of the pieces of its rows every grid_y-th group from
+    y on. Where the plan split nothing, that is known after one load.
     """
 
     def __init__(self, spec: PlannedCombineSpec):
@@ -174,23 +170,22 @@ class CombinePlanned:
         heads = cute.size(out, mode=[cute.rank(out) - 2]) // spec.qheads_per_tile
         num_tiles = tensors.work.summary[0] * heads
         merger = row_merger(spec.head_dim_v, spec.warps_per_row)
-        row_in_cta = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // spec.warps_per_row
         step, _, _ = cute.arch.grid_dim()
         index, _, _ = cute.arch.block_idx()
-        # The plan was there before the forward began. Its results are only behind the wait, which also CTAs without
-        # work have to make: what follows this launch takes it for the end of the forward.
+        # Lengths and plan were there before the forward began. Its results are only behind the wait, which also CTAs
+        # without work have to make: what follows this launch takes it for the end of the forward.
         tile = SplitTile.none()
         if index < num_tiles:
-            tile = self._tile(tensors.work, heads, index)
+            tile = self._tile(tensors.work, source, heads, index)
         cute.arch.griddepcontrol_wait()
         while index < num_tiles:
-            self._merge_tile(tensors, source, merger, tile, row_in_cta)
+            self._merge_tile(tensors, merger, tile)
             index = index + step
             if index < num_tiles:
-                tile = self._tile(tensors.work, heads, index)
+                tile = self._tile(tensors.work, source, heads, index)
 
     @cute.jit
-    def _tile(self, work: PlannedWork, heads: Int32, index: Int32) -> SplitTile:
+    def _tile(self, work: PlannedWork, source: SeqlenSource, heads: Int32, index: Int32) -> SplitTile:
         """Split sequences are the first of the plan: the running sum of query tiles numbers their tiles."""
         sums = work.cu_total_m_blocks
         sequence = last_at_most(sums, cute.size(work.entries, mode=[0]), index // heads)
@@ -199,34 +194,36 @@ class CombinePlanned:
         batch, m_blocks, splits = entry[0], entry[1], entry[2]
         local = index - sums[sequence] * heads
         first_slot = work.cu_total_splits_m_blocks[sequence] * heads + local * splits
-        return SplitTile(batch, local % m_blocks, local // m_blocks, splits, first_slot)
+        return SplitTile(batch, local % m_blocks, local // m_blocks, splits, first_slot, source.of(batch))
 
     @cute.jit
-    def _merge_tile(
-        self,
-        tensors: PlannedCombineTensors,
-        source: SeqlenSource,
-        merger: RowMerger,
-        tile: SplitTile,
-        row_in_cta: Int32,
-    ):
+    def _merge_tile(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile):
         spec = self.spec
         group, tokens = spec.qheads_per_tile, cute.size(tensors.partial, mode=[1]) // spec.rows_per_token
-        seqlens = source.of(tile.batch)
+        seqlens = tile.seqlens
         first_token = tile.m_block * tokens
         rows = cutlass.min(tokens, seqlens.rows_q - first_token) * group
-        partial = cute.domain_offset((tile.first_slot, 0, 0), tensors.partial)
-        lse_partial = cute.domain_offset((tile.first_slot, 0), tensors.lse_partial)
+        partial, lse_partial = _splits_of(tensors.partial, tile), _splits_of(tensors.lse_partial, tile)
         _, step, _ = cute.arch.grid_dim()
         _, chunk, _ = cute.arch.block_idx()
-        index = chunk * spec.rows_per_cta + row_in_cta
-        while index < rows:
-            token, in_group = first_token + index // group, index % group
-            place = index // group * spec.rows_per_token + in_group
+        index = first_piece(merger, chunk)
+        while index < rows * merger.blocks:
+            row_of_tile, block = index // merger.blocks, index % merger.blocks
+            token, in_group = first_token + row_of_tile // group, row_of_tile % group
+            place = row_of_tile // group * spec.rows_per_token + in_group
             batch = Int32(0) if const_expr(tensors.cu_seqlens_q is not None) else tile.batch
             row = Row(batch, seqlens.offset_q + token, tile.head * group + in_group, token < seqlens.len_q)
-            merge_row(merger, partial[None, place, None], lse_partial[None, place], tile.num_splits, row, tensors)
-            index = index + step * spec.rows_per_cta
+            lse_of_row = lse_partial[None, place]
+            merge_row(merger, partial[None, place, None], lse_of_row, tile.num_splits, row, block, tensors)
+            index = index + step * pieces_per_cta(merger)
+
+
+def _splits_of(partial: cute.Tensor, tile: SplitTile) -> cute.Tensor:
+    """Partial results of a tile, (splits, *rest) of (slots, *rest). Offsets within a tile have 32 bits."""
+    first = cute.domain_offset((tile.first_slot, *[0] * (cute.rank(partial) - 1)), partial)
+    rest = tuple(cute.size(partial, mode=[i]) for i in range(1, cute.rank(partial)))
+    strides = tuple(math.prod(rest[i:]) for i in range(len(rest) + 1))
+    return cute.make_tensor(first.iterator, cute.make_layout((MAX_SPLITS, *rest), stride=strides))
 
 
 def row_merger(head_dim_v: int, warps_per_row: int) -> RowMerger:
@@ -235,28 +232,49 @@ def row_merger(head_dim_v: int, warps_per_row: int) -> RowMerger:
     weights = smem.allocate_tensor(Float32, cute.make_layout((MAX_SPLITS, WARPS)), byte_alignment=16)
     exchange = None
     if warps_per_row > 1:
-        exchange = smem.allocate_tensor(Float32, cute.make_layout((head_dim_v, warps_per_row)), byte_alignment=16)
+        columns = WARP * MERGE_LANE_COLUMNS[warps_per_row]
+        exchange = smem.allocate_tensor(Float32, cute.make_layout((columns, warps_per_row)), byte_alignment=16)
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     return RowMerger(weights[None, warp], exchange, warp % warps_per_row, warps_per_row, head_dim_v)
 
 
+def pieces_per_cta(merger: RowMerger) -> int:
+    return WARPS // merger.warps
+
+
+def first_piece(merger: RowMerger, cta: Int32) -> Int32:
+    """Of the calling warp."""
+    return cta * pieces_per_cta(merger) + cute.arch.make_warp_uniform(cute.arch.warp_idx()) // merger.warps
+
+
 @cute.jit
-def merge_row(merger: RowMerger, partial: cute.Tensor, lse_partial: cute.Tensor, num_splits: Int32, row: Row, tensors):
-    """Merges one row and writes it to tensors.out and tensors.lse. partial: (splits, Dv); lse_partial: (splits,)."""
+def merge_row(
+    merger: RowMerger,
+    partial: cute.Tensor,
+    lse_partial: cute.Tensor,
+    num_splits: Int32,
+    row: Row,
+    block: Int32,
+    tensors,
+):
+    """Merges a block of columns of one row and writes it to tensors.out; with the first block comes tensors.lse.
+
+    partial: (splits, Dv); lse_partial: (splits,).
+    """
     sink = None
     if const_expr(tensors.sink is not None):
         sink = tensors.sink[row.head].to(Float32)
     splits = num_splits if row.is_query else Int32(0)
     weights = merger.weigh(lse_partial, splits, sink)
-    sums = merger.accumulate(partial, splits, weights.first)
+    sums = merger.accumulate(partial, splits, weights.first, block)
     if merger.warp == 0:
         lse = weights.lse if row.is_query else -Float32.inf
         if const_expr(cute.rank(tensors.out) == 3):
-            merger.store(sums, weights.factor, tensors.out[row.row, row.head, None])
+            merger.store(sums, weights.factor, tensors.out[row.row, row.head, None], block)
         else:
-            merger.store(sums, weights.factor, tensors.out[row.batch, row.row, row.head, None])
+            merger.store(sums, weights.factor, tensors.out[row.batch, row.row, row.head, None], block)
         if const_expr(tensors.lse is not None):
-            if cute.arch.lane_idx() == 0:
+            if block == 0 and cute.arch.lane_idx() == 0:
                 if const_expr(cute.rank(tensors.out) == 3):
                     tensors.lse[row.head, row.row] = lse
                 else:

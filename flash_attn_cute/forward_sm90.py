@@ -141,6 +141,10 @@ class ForwardSm90:
         # Turns pay where softmax is a large part of a step. With wide heads the products dominate, and warpgroups that
         # issue whenever they can keep the tensor cores busier.
         self.take_turns = tile.consumers > 1 and tile.head_dim <= 128
+        # CTAs of the merge wait on the same SMs where there are registers for them (`Sm90Tile.launch_bound`).
+        merges_beside = spec.splits and tile.consumers == 1
+        bias_vectors = 0 if spec.key_side is None else spec.bias_vectors
+        self.launch_smem = tile.smem_beside_merge(bias_vectors) if merges_beside else None
         # A wide output takes long to rescale: do it while the scores of the next tile are being computed.
         self.rescale_late = tile.head_dim_v > 128
 
@@ -166,6 +170,7 @@ class ForwardSm90:
             grid=[scalars.grid, 1, 1],
             block=[self.threads, 1, 1],
             stream=stream,
+            smem=self.launch_smem,
             min_blocks_per_mp=1,
             max_number_threads=[tile.launch_bound, 1, 1],
         )

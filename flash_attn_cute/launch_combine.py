@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flash_attn_cute.compile_cache import cache
 from flash_attn_cute.plan import MAX_SPLITS
+from flash_attn_cute.tuning import merge_blocks
 
 if TYPE_CHECKING:
     from flash_attn_cute.scheduler_metadata import BatchShape, SchedulerMetadata
@@ -281,6 +282,11 @@ def compile_kernel(key: CombineKey) -> Any:
     )
 
 
+def _ctas(rows: int, head_dim_v: int, warps_per_row: int) -> int:
+    """CTAs that merge so many rows at once."""
+    return -(-rows * merge_blocks(head_dim_v, warps_per_row) * warps_per_row // 4)
+
+
 def _moves_in_vectors(x: Tensor) -> bool:
     """Whether every row starts at a multiple of four elements, so that it can be moved four elements at a time."""
     return x.data_ptr() % (4 * x.element_size()) == 0 and not any(stride % 4 for stride in x.stride()[:-1])
@@ -314,9 +320,8 @@ def run(call: CombineCall, dtype: torch.dtype, return_lse: bool) -> tuple[Tensor
     function = cache.get(key, functools.partial(compile_kernel, key))
     partial = call.out_partial if _moves_in_vectors(call.out_partial) else _compact(call.out_partial)
     target = out if _moves_in_vectors(out) else _compact(out)
-    rows_per_cta = 4 // key.warps_per_row
     rows = out.numel() // out.shape[-1]
-    grid = min(-(-rows // rows_per_cta), CTAS_PER_SM * _num_sms(device.index))
+    grid = min(_ctas(rows, key.head_dim_v, key.warps_per_row), CTAS_PER_SM * _num_sms(device.index))
     function((partial, call.lse_partial, target, lse, call.cu_seqlens, call.seqused, sink), grid)
     if target is not out:
         out.copy_(target)
@@ -357,7 +362,7 @@ class SplitSizes(NamedTuple):
         num_sms = _num_sms(device.index)
         grid_x = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
         # Of few tiles, the rows go to as many CTAs as there is room for; a CTA without a row would be waited for.
-        groups = -(-(tile_rows if rows_in_use is None else rows_in_use) // (4 // warps_per_row))
+        groups = _ctas(tile_rows if rows_in_use is None else rows_in_use, head_dim_v, warps_per_row)
         grid_y = max(min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x), 1)
         return cls(slots, tile_rows, head_dim_v, warps_per_row, (grid_x, grid_y))
 

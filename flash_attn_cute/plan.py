@@ -17,8 +17,8 @@ TILE_OVERHEAD = 2
 LEAST_TARGET = 6
 # Splits have to shorten the launch by an eighth: they cost a second launch, and partial results to write and read.
 SPLIT_GAIN = (7, 8)
-# Longest work tile, as a part of a perfectly balanced launch: 1/1, or 1/2 where that packs better.
-GRANULARITIES = (1, 2)
+# Work tiles do not end together: SMs differ in how fast memory serves them. As a part of the longest one.
+TAIL_PART = 8
 MAX_SPLITS = 256
 # A work tile longer than 1/8 of the launch is started before everything else, or it would be waited for at the end.
 LONG_PART = 8
@@ -42,7 +42,7 @@ class Lengths(NamedTuple):
 class PlanParameters:
     """Everything that a plan depends on beside the lengths. All of it is known on the host.
 
-    Raises ValueError for splits beyond MAX_SPLITS.
+    Raises ValueError for splits beyond MAX_SPLITS and a granularity that is no power of 2.
     """
 
     heads: int  # query tiles of a token range: query heads, or KV heads where query heads are packed
@@ -57,8 +57,11 @@ class PlanParameters:
     section_heads: int = 1  # see tuning.section_of_tiles
     section_tiles: int = 0
     l2_keys: int = 0  # keys of one KV head that may stay in L2
+    granularity: int = 2  # the most work tiles of equal length that an SM's part of a launch is made of; a power of 2
 
     def __post_init__(self):
+        if self.granularity < 1 or self.granularity & (self.granularity - 1):
+            raise ValueError(f"granularity: got {self.granularity}; takes a power of 2")
         if not 1 <= self.max_splits <= MAX_SPLITS:
             raise ValueError(f"max_splits: got {self.max_splits}; takes from 1 to {MAX_SPLITS}")
 
@@ -75,7 +78,7 @@ class PlanParameters:
             return 0
         if self.tiles_per_split > 0:
             return tiles_bound * self.max_splits
-        return min(2 * GRANULARITIES[-1] * self.num_sms, tiles_bound * self.max_splits)
+        return min(2 * self.granularity * self.num_sms, tiles_bound * self.max_splits)
 
     def never_splits(self, least_tiles: int, most_keys: int) -> bool:
         """Whether no batch of at least `least_tiles` query tiles (all heads together), none of whose sequences has more
@@ -86,7 +89,7 @@ class PlanParameters:
         """
         if self.tiles_per_split > 0:
             return self.max_splits == 1
-        least_target = least_tiles * TILE_OVERHEAD // (self.num_sms * GRANULARITIES[-1])
+        least_target = least_tiles * TILE_OVERHEAD // (self.num_sms * self.granularity)
         return -(-most_keys // self.tile_n) + TILE_OVERHEAD <= least_target
 
 
@@ -196,16 +199,16 @@ def _duration(visits: int, splits: int) -> int:
 def _target(demands: list[_Demand], p: PlanParameters) -> int:
     """The duration above which a work tile is split; 0 where nothing is, or boundaries are absolute.
 
-    Of a perfectly balanced launch, or half of it, and of each a correction: parts of sequences are rounded up to whole
-    ones, so a target may give more long tiles than its rounds have room for, and a last round for a few of them. The
-    target that grows by as much as they are too many gives about as many as fit.
+    Of a perfectly balanced launch, or its part of the finest granularity, and of each a correction: parts of sequences
+    are rounded up to whole ones, so a target may give more long tiles than its rounds have room for, and a last round
+    for a few of them. The target that grows by as much as they are too many gives about as many as fit.
     """
     if p.max_splits == 1 or p.tiles_per_split > 0:
         return 0
     whole = _candidate(demands, 0, p)
     work = sum(d.m_blocks * _duration(d.visits, 1) for d in demands) * p.heads
     candidates = []
-    for granularity in GRANULARITIES:
+    for granularity in (1, p.granularity):
         places = p.num_sms * granularity
         plain = _candidate(demands, max(-(-work // places), LEAST_TARGET), p)
         corrected = max(-(-(plain.target * plain.long_tiles) // places), plain.target)
@@ -225,7 +228,7 @@ class _Candidate(NamedTuple):
 
 def _candidate(demands: list[_Demand], target: int, p: PlanParameters) -> _Candidate:
     """A launch takes as if perfectly balanced, or rounds of its long tiles, two of which never share an SM's time with
-    less than the longest tile between them."""
+    less than the longest tile between them; and it ends with a part of one."""
     longest = max((d.visits for d in demands), default=0) + TILE_OVERHEAD
     if target > 0:
         longest = min(longest, target + TILE_OVERHEAD)
@@ -237,7 +240,9 @@ def _candidate(demands: list[_Demand], target: int, p: PlanParameters) -> _Candi
         if 2 * duration > longest:
             long_tiles += d.m_blocks * splits
     long_tiles *= p.heads
-    return _Candidate(target, long_tiles, max(-(-(work * p.heads) // p.num_sms), -(-long_tiles // p.num_sms) * longest))
+    rounds = -(-long_tiles // p.num_sms)
+    estimate = max(-(-(work * p.heads) // p.num_sms), rounds * longest) + longest // TAIL_PART
+    return _Candidate(target, long_tiles, estimate)
 
 
 def _num_splits(d: _Demand, target: int, p: PlanParameters) -> int:

@@ -34,7 +34,6 @@ from flash_attn_cute.device.radix_sort import DIGIT_BITS, MAX_PASSES, RadixSort
 from flash_attn_cute.plan import (
     COMPUTE_BOUND,
     DURATION_BITS,
-    GRANULARITIES,
     LEAST_TARGET,
     LONG,
     LONG_PART,
@@ -43,12 +42,14 @@ from flash_attn_cute.plan import (
     RATIO_BITS,
     SPLIT,
     SPLIT_GAIN,
+    TAIL_PART,
     TILE_OVERHEAD,
 )
 
 INDEX_BITS = 15
 STREAM_BITS = 2
 SPLIT_BITS = 9
+GRANULARITIES = 2  # how many are judged: 1, and that of the parameters
 GROUPS_AT_ONCE = 4  # lists of a sequence whose counts are on their way at once
 UNBOUNDED = 1 << 30  # a window that is at least as wide is none: no sequence has as many keys
 WHOLE, FIXED, BY_LOAD = "whole", "fixed", "by_load"  # nothing is split, at absolute boundaries, as the batch asks for
@@ -104,6 +105,11 @@ class PlanScalars(NamedTuple):
     section_heads: Int32
     section_tiles: Int32
     l2_keys: Int32  # times heads_per_kv_load
+    granularity_log2: Int32
+
+    def share_of(self, launch: Int32, i: int) -> Int32:
+        """ceil(launch / granularity): of the coarsest, which is 1, or of the finest."""
+        return launch if i == 0 else (launch + (Int32(1) << self.granularity_log2) - 1) >> self.granularity_log2
 
 
 class Lengths(NamedTuple):
@@ -152,7 +158,8 @@ class Scratch:
     """What warps tell each other."""
 
     work: WarpRows  # of all work tiles, not split by load, as two words; most visits
-    candidates: tuple  # a WarpRows a granularity: work as two words, long tiles; in the first, those of nothing split
+    # A WarpRows a granularity: work as two words, long tiles; in the first also those of nothing split.
+    candidates: tuple
     corrected: tuple  # likewise, of the corrected targets
     summary: WarpRows  # split m-blocks, front tiles, memory tiles, all tiles
     totals: WarpRows  # m-blocks, tiles, of the sequences that the warp writes
@@ -162,7 +169,7 @@ class Scratch:
         def rows():
             return WarpRows.allocate(smem, group)
 
-        return Scratch(rows(), *[tuple(rows() for _ in GRANULARITIES) for _ in range(2)], rows(), rows())
+        return Scratch(rows(), *[tuple(rows() for _ in range(GRANULARITIES)) for _ in range(2)], rows(), rows())
 
 
 class PrepareSchedulerMetadata:
@@ -313,7 +320,7 @@ class PrepareSchedulerMetadata:
         longest = scratch.work.max(2) + TILE_OVERHEAD
         if const_expr(self.spec.splitting == BY_LOAD):
             # Where even the finest target splits nothing, all candidates are the same.
-            finest = (scalars.num_sms * GRANULARITIES[-1]).to(Int64)
+            finest = (scalars.num_sms << scalars.granularity_log2).to(Int64)
             if longest > LEAST_TARGET and work <= (longest - 1).to(Int64) * finest:
                 parts, work = self._split_by_load(demands, parts, work, longest, padding, group, scratch, scalars)
         return parts, work, longest
@@ -332,7 +339,7 @@ class PrepareSchedulerMetadata:
     ):
         """(Parts of each sequence, work of all heads) under the best target, which may leave them whole."""
         share = scalars.by_num_sms.wide_ceil(work, scalars.num_sms).to(Int32)  # below 2 * longest
-        plain = [cutlass.max((share + (g - 1)) // g, LEAST_TARGET) for g in GRANULARITIES]
+        plain = [cutlass.max(scalars.share_of(share, i), LEAST_TARGET) for i in range(GRANULARITIES)]
         whole_tiles = sum_of_warp(_long_tiles(demands, whole, longest))
         self._publish_candidates(demands, plain, longest, padding, scratch.candidates, scalars, whole_tiles)
         group.sync()
@@ -340,13 +347,13 @@ class PrepareSchedulerMetadata:
         judged = Candidate(longest, work, scratch.candidates[0].sums(3)[0].to(Int64) * heads)
         judged = self._collect(judged, plain, 1, group, scratch.candidates, scalars)
         # Every lane corrects its own. A target times its long tiles is less than four times the candidate's work, which
-        # is at most twice that of nothing split: no more than 2**5 times the longest tile on each SM.
+        # is at most twice that of nothing split: no more than 16 * granularity times the longest tile on each SM.
         products = judged.target.to(Int64) * judged.long_tiles
         correction = scalars.by_num_sms.wide_ceil(products, scalars.num_sms).to(Int32)
         corrected, is_any = [], Boolean(False)
         for i in cutlass.range_constexpr(len(plain)):
-            g, of_plain = GRANULARITIES[i], cute.arch.shuffle_sync(correction, 1 + i)
-            target = cutlass.max((of_plain + (g - 1)) // g, plain[i])
+            of_plain = cute.arch.shuffle_sync(correction, 1 + i)
+            target = cutlass.max(scalars.share_of(of_plain, i), plain[i])
             # From the longest tile on nothing is split, which is a candidate already.
             is_any = is_any | ((target > plain[i]) & (target < longest))
             corrected.append(target)
@@ -408,8 +415,8 @@ class PrepareSchedulerMetadata:
         balanced = scalars.by_num_sms.wide_ceil(judged.work, scalars.num_sms)
         rounds = scalars.by_num_sms.wide_ceil(judged.long_tiles, scalars.num_sms)
         length = _longest_of(judged.target, longest)
-        # Less than ten times the longest tile, as a long tile takes more than half of `length`: 32 bits hold it.
-        estimate = cutlass.max(balanced, rounds * length.to(Int64)).to(Int32)
+        # A long tile takes more than half of `length`: a few times the longest tile and granularity, in 32 bits.
+        estimate = cutlass.max(balanced, rounds * length.to(Int64)).to(Int32) + length // TAIL_PART
         whole = cute.arch.shuffle_sync(estimate, 0)
         is_split = group.lane > 0 and group.lane < candidates
         shortest = min_of_warp(estimate if is_split else Int32(INT32_MAX))
@@ -591,5 +598,4 @@ def _of_lane(value: Int64, lane: Int32) -> Int64:
 assert MAX_SPLITS < 1 << SPLIT_BITS
 assert STREAM_BITS + DURATION_BITS + INDEX_BITS < 32
 assert STREAM_BITS + DURATION_BITS <= MAX_PASSES * DIGIT_BITS
-assert 2 * len(GRANULARITIES) < WARP and max(GRANULARITIES) == GRANULARITIES[-1]
 assert 2 * TILE_OVERHEAD <= LEAST_TARGET + 1

@@ -441,6 +441,7 @@ def _parameters(
         section_heads=section_heads,
         section_tiles=section_tiles,
         l2_keys=target.l2_bytes * L2_PART_FOR_KEYS[0] // L2_PART_FOR_KEYS[1] // key_bytes,
+        granularity=tuning.granularity_of_splits(tile),
     )
     return parameters, tile
 
@@ -618,6 +619,7 @@ def _fill(metadata: SchedulerMetadata, lengths: LengthTensors) -> None:
             p.section_heads,
             p.section_tiles,
             min(p.l2_keys * p.heads_per_kv_load, INT32_MAX),
+            p.granularity.bit_length() - 1,
         ),
     )
 

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 SMEM_BYTES = 227 * 1024  # of a CTA, on Hopper and on Blackwell
 SM90_SMALL_BYTES = 512  # barriers and the tile mailbox
+# Of an SM's memory, what the driver gives to shared memory on Hopper: the least that holds the CTAs of a launch, each
+# with 1 KiB beside what it asks for.
+SM90_CARVE_OUTS = tuple(kib * 1024 for kib in (132, 164, 196, 228))
 # Staged KV tiles of a key-side bias: the one that is added, and the next.
 BIAS_STAGES = 2
 # Of a CTA's shared memory on Blackwell: the barriers of a key-side bias.
@@ -51,6 +54,14 @@ class Sm90Tile(NamedTuple):
         if producer_computes:
             return {1: (96, 240), 2: (40, 232), 3: (32, 160)}[self.consumers]
         return {1: (96, 240), 2: (24, 240), 3: (32, 160)}[self.consumers]
+
+    def smem_beside_merge(self, bias_vectors: int) -> int | None:
+        """Bytes of shared memory to launch with, so that CTAs of the merge find some beside it; None: what is used.
+
+        As much as a carve-out is more than it holds, and takes the next, which leaves 31 KiB.
+        """
+        used = self.smem_bytes + SM90_SMALL_BYTES + bias_bytes(self, bias_vectors)
+        return next((size for size in SM90_CARVE_OUTS[:-1] if used <= size), None)
 
     @property
     def bias_pad(self) -> int:
@@ -323,6 +334,17 @@ def section_of_tiles(num_sms: int) -> tuple[int, int]:
     return max(num_sms // 8, 1), 4 * num_sms
 
 
+# Rows of the work tiles that splits give an SM at the finest. Finer splits end closer together; what they need is room
+# for partial results, so those of 64 rows may be twice as many as those of 128.
+SPLIT_ROWS_AN_SM, LEAST_GRANULARITY = 256, 2
+
+
+def granularity_of_splits(tile: Sm90Tile | Sm100Tile) -> int:
+    """plan.PlanParameters.granularity: a decode of 131072 keys, 32/8 heads, in 64 splits and not 16 takes the Hopper
+    forward 123.8 us instead of 125.7 (csrc_notes/scheduling.md)."""
+    return 1 << (max(SPLIT_ROWS_AN_SM // tile.tile_m, LEAST_GRANULARITY).bit_length() - 1)
+
+
 def packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:
     """Whether to pack the query heads of a KV head into the query tile, where the caller leaves it open.
 
@@ -338,6 +360,16 @@ def packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bo
         return used / (-(-used // tile_m) * tile_m) if used else 1.0
 
     return fill(rows) * qheads_per_kvhead / rows >= fill(1)
+
+
+# Columns of a row that a lane merges at once, by the warps that share them. Where there are many splits, a row is cut
+# into blocks of columns, so that as many SMs load it: 64 rows of 128 splits are 4 MiB.
+MERGE_LANE_COLUMNS = {1: 4, 4: 2}
+
+
+def merge_blocks(head_dim_v: int, warps_per_row: int) -> int:
+    """Blocks of columns that a row is merged in."""
+    return 1 if warps_per_row == 1 else -(-head_dim_v // (32 * MERGE_LANE_COLUMNS[warps_per_row]))
 
 
 # Tiles of so few keys that finding the next one takes about as long as computing it are handed out CLAIM at a time: one

@@ -17,12 +17,13 @@ from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device.softmax import LN2, LOG2_E, exp2, fma, join_sink
 from flash_attn_cute.plan import MAX_SPLITS
+from flash_attn_cute.tuning import MERGE_LANE_COLUMNS, merge_blocks
 
 WARP = 32
 CHAINS = 4
-# Of 16 bytes a lane, in flight at once: with fewer, many splits take that many more memory latencies one after another.
-LOADS_IN_FLIGHT = 8
-VECTOR = 4  # columns a lane takes at once, 16 bytes of float32
+# Bytes of a block of splits that a lane loads at once. Two blocks are in flight: with fewer, many splits take that many
+# more memory latencies one after another.
+BLOCK_BYTES = 128
 
 
 class RowWeights(NamedTuple):
@@ -35,11 +36,14 @@ class RowWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class RowMerger:
-    """One warp's part of merging rows. `warps` of a CTA share a row, each taking some of its chains."""
+    """One warp's part of merging rows.
+
+    A warp has a whole row, or `warps` of a CTA share a block of its columns, each taking some of its chains.
+    """
 
     weights: cute.Tensor  # (MAX_SPLITS,) float32 in shared memory, of this warp alone
-    exchange: cute.Tensor | None  # (head_dim_v, warps) float32 in shared memory, where several warps share a row
-    warp: Int32  # within those that share the row
+    exchange: cute.Tensor | None  # (columns of a block, warps) float32 in shared memory, where several warps share one
+    warp: Int32  # within those that share the block
     warps: int  # 1 or CHAINS
     head_dim_v: int
 
@@ -48,19 +52,34 @@ class RowMerger:
         return CHAINS // self.warps
 
     @property
+    def vector(self) -> int:
+        """Columns that a lane takes at once."""
+        return MERGE_LANE_COLUMNS[self.warps]
+
+    @property
+    def blocks(self) -> int:
+        """Of columns, that a row is merged in."""
+        return merge_blocks(self.head_dim_v, self.warps)
+
+    @property
+    def most_splits(self) -> int:
+        """That a lane looks at the weights of, in steps of a warp."""
+        return WARP if self.warps == 1 else MAX_SPLITS
+
+    @property
     def pieces(self) -> int:
-        """Vectors of a row that a lane holds."""
-        return -(-self.head_dim_v // (VECTOR * WARP))
+        """Vectors that a lane holds: of a block, or of a row."""
+        return 1 if self.warps > 1 else -(-self.head_dim_v // (self.vector * WARP))
 
     @property
     def width(self) -> int:
-        """Columns of a row that a lane holds."""
-        return self.pieces * VECTOR
+        """Columns that a lane holds."""
+        return self.pieces * self.vector
 
     @property
     def loads(self) -> int:
         """Splits that this warp loads at once."""
-        return max(LOADS_IN_FLIGHT // self.pieces, self.chains)
+        return max(BLOCK_BYTES // (4 * self.width), self.chains)
 
     @property
     def block_splits(self) -> int:
@@ -73,7 +92,7 @@ class RowMerger:
         lane = cute.arch.lane_idx()
         values = []
         largest = -Float32.inf
-        for i in cutlass.range_constexpr(MAX_SPLITS // WARP):
+        for i in cutlass.range_constexpr(self.most_splits // WARP):
             value = -Float32.inf
             if i * WARP + lane < num_splits:
                 value = lse[i * WARP + lane]
@@ -86,7 +105,7 @@ class RowMerger:
         total, first = Float32(0.0), Int32(MAX_SPLITS)
         # Lanes of this warp may still be reading the weights of the row before.
         cute.arch.sync_warp()
-        for i in cutlass.range_constexpr(MAX_SPLITS // WARP):
+        for i in cutlass.range_constexpr(self.most_splits // WARP):
             weight = exp2((values[i] - largest) * LOG2_E)
             self.weights[i * WARP + lane] = weight
             total = total + weight
@@ -105,29 +124,29 @@ class RowMerger:
         return RowWeights(factor, lse_of_row, first)
 
     @cute.jit
-    def accumulate(self, partial: cute.Tensor, num_splits: Int32, first: Int32) -> cute.Tensor:
-        """Sum of weight x partial over all splits, of this lane's columns, in warp 0 of those that share the row.
+    def accumulate(self, partial: cute.Tensor, num_splits: Int32, first: Int32, block: Int32) -> cute.Tensor:
+        """Sum of weight x partial over all splits, of this lane's columns, in warp 0 of those that share them.
 
-        partial: (splits, head_dim_v) float32. The lane has columns 4 * (32 * i + lane) .. + 4 in elements 4 * i .. + 4.
-        A split of weight 0 may hold anything and is not read: the row's `first` split is read in its place, and not
-        counted.
+        partial: (splits, head_dim_v) float32; block: of columns. The lane has vector 32 * (block + i) + lane of the row
+        as its i-th. A split of weight 0 may hold anything and is not read: the row's `first` split is read in its
+        place, and not counted.
         """
         sums = [cute.make_rmem_tensor(self.width, Float32) for _ in range(self.chains)]
         for chain in sums:
             chain.fill(0.0)
-        vectors = cute.logical_divide(partial, (None, cute.make_layout(VECTOR)))
+        vectors = cute.logical_divide(partial, (None, cute.make_layout(self.vector)))
         if first < MAX_SPLITS:
-            # A block is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise, whatever
-            # their order in the source; across the back edge of a loop it has to let all of them fly.
+            # A block of splits is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise,
+            # whatever their order in the source; across the back edge of a loop it has to let all of them fly.
             loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
             following = cute.make_rmem_tensor((self.width, self.loads), Float32)
-            self._load_block(vectors, Int32(0), first, loaded)
+            self._load_splits(vectors, Int32(0), first, block, loaded)
             last = (num_splits - 1) // self.block_splits
-            for block in cutlass.range(last, unroll=1):
-                self._load_block(vectors, block + 1, first, following)
-                self._add_block(sums, block, loaded)
+            for i in cutlass.range(last, unroll=1):
+                self._load_splits(vectors, i + 1, first, block, following)
+                self._add_splits(sums, i, loaded)
                 loaded.store(following.load())
-            self._add_block(sums, last, loaded)
+            self._add_splits(sums, last, loaded)
         if const_expr(self.warps == 1):
             for i in cutlass.range_constexpr(self.width):
                 sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])
@@ -136,33 +155,34 @@ class RowMerger:
         return sums[0]
 
     @cute.jit
-    def for_piece(self, i: int, use: cutlass.Constexpr):
+    def for_piece(self, i: int, block: Int32, use: cutlass.Constexpr):
         """Calls use(vector number in the row) for the i-th vector of this lane, if the row has it."""
-        column = i * WARP + cute.arch.lane_idx()
-        if const_expr((i + 1) * WARP * VECTOR <= self.head_dim_v):
+        column = (block + i) * WARP + cute.arch.lane_idx()
+        if const_expr(self.head_dim_v % (WARP * self.vector) == 0):
             use(column)
         else:
-            if column < self.head_dim_v // VECTOR:
+            if column < self.head_dim_v // self.vector:
                 use(column)
 
-    def _splits_of_block(self, block: Int32):
-        """(index of the load, chain of this warp, split) of everything that a block of splits has for this warp."""
+    def _splits_at_once(self, number: Int32):
+        """(index of the load, chain of this warp, split) of what the number-th block of splits has for this warp."""
         for i in range(self.loads):
             chain = i % self.chains
-            yield i, chain, block * self.block_splits + i // self.chains * CHAINS + self.warp * self.chains + chain
+            yield i, chain, number * self.block_splits + i // self.chains * CHAINS + self.warp * self.chains + chain
 
     @cute.jit
-    def _load_block(self, vectors: cute.Tensor, block: Int32, first: Int32, loaded: cute.Tensor):
-        for i, _, split in self._splits_of_block(block):
+    def _load_splits(self, vectors: cute.Tensor, number: Int32, first: Int32, block: Int32, loaded: cute.Tensor):
+        for i, _, split in self._splits_at_once(number):
             for piece in cutlass.range_constexpr(self.pieces):
                 # Lanes past the last column read it again.
-                column = cutlass.min(piece * WARP + cute.arch.lane_idx(), self.head_dim_v // VECTOR - 1)
+                last = self.head_dim_v // self.vector - 1
+                column = cutlass.min((block + piece) * WARP + cute.arch.lane_idx(), last)
                 source = vectors[split if self.weights[split] != 0.0 else first, (None, column)]
-                cute.autovec_copy(source, cute.local_tile(loaded[None, i], (VECTOR,), (piece,)))
+                cute.autovec_copy(source, cute.local_tile(loaded[None, i], (self.vector,), (piece,)))
 
     @cute.jit
-    def _add_block(self, sums: list, block: Int32, loaded: cute.Tensor):
-        for i, chain, split in self._splits_of_block(block):
+    def _add_splits(self, sums: list, number: Int32, loaded: cute.Tensor):
+        for i, chain, split in self._splits_at_once(number):
             weight = self.weights[split]
             for j in cutlass.range_constexpr(self.width):
                 value = 0.0 if weight == 0.0 else loaded[j, i]
@@ -171,38 +191,30 @@ class RowMerger:
     @cute.jit
     def _add_warps(self, own: cute.Tensor):
         """Adds the chains of all warps into those of warp 0."""
-        pieces = [cute.local_tile(own, (VECTOR,), (i,)) for i in range(self.pieces)]
-        for i, piece in enumerate(pieces):
-            self.for_piece(i, lambda column, piece=piece: self._send_piece(piece, column))
+        cute.autovec_copy(own, self._exchanged(self.warp))
         cute.arch.sync_threads()
         if self.warp == 0:
-            for i, piece in enumerate(pieces):
-                self.for_piece(i, lambda column, piece=piece: self._add_piece(piece, column))
+            others = []
+            for warp in cutlass.range_constexpr(1, CHAINS):
+                values = cute.make_rmem_tensor(self.vector, Float32)
+                cute.autovec_copy(self._exchanged(warp), values)
+                others.append(values)
+            for j in cutlass.range_constexpr(self.vector):
+                own[j] = (own[j] + others[0][j]) + (others[1][j] + others[2][j])
         # Before the next row's chains are written.
         cute.arch.sync_threads()
 
-    def _exchanged(self, column: Int32, warp) -> cute.Tensor:
-        return cute.local_tile(self.exchange[None, warp], (VECTOR,), (column,))
+    def _exchanged(self, warp) -> cute.Tensor:
+        """This lane's place."""
+        return cute.local_tile(self.exchange[None, warp], (self.vector,), (cute.arch.lane_idx(),))
 
-    def _send_piece(self, own: cute.Tensor, column: Int32):
-        cute.autovec_copy(own, self._exchanged(column, self.warp))
-
-    def _add_piece(self, own: cute.Tensor, column: Int32):
-        others = []
-        for warp in range(1, CHAINS):
-            values = cute.make_rmem_tensor(VECTOR, Float32)
-            cute.autovec_copy(self._exchanged(column, warp), values)
-            others.append(values)
-        for j in range(VECTOR):
-            own[j] = (own[j] + others[0][j]) + (others[1][j] + others[2][j])
-
-    def store(self, sums: cute.Tensor, factor: Float32, out_row: cute.Tensor):
+    def store(self, sums: cute.Tensor, factor: Float32, out_row: cute.Tensor, block: Int32):
         """sums * factor, rounded to the type of `out_row` (head_dim_v,)."""
-        pieces = cute.logical_divide(out_row, cute.make_layout(VECTOR))
+        pieces = cute.logical_divide(out_row, cute.make_layout(self.vector))
         for i in range(self.pieces):
-            rounded = cute.make_rmem_tensor(VECTOR, out_row.element_type)
-            scaled = cute.make_rmem_tensor(VECTOR, Float32)
-            for j in range(VECTOR):
-                scaled[j] = sums[VECTOR * i + j] * factor
+            rounded = cute.make_rmem_tensor(self.vector, out_row.element_type)
+            scaled = cute.make_rmem_tensor(self.vector, Float32)
+            for j in range(self.vector):
+                scaled[j] = sums[self.vector * i + j] * factor
             rounded.store(scaled.load().to(out_row.element_type))
-            self.for_piece(i, lambda column, rounded=rounded: cute.autovec_copy(rounded, pieces[None, column]))
+            self.for_piece(i, block, lambda column, rounded=rounded: cute.autovec_copy(rounded, pieces[None, column]))

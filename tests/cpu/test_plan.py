@@ -14,7 +14,6 @@ from flash_attn_cute.active_counts import active_counts
 from flash_attn_cute.active_tiles import KeyTensors, ListShape
 from flash_attn_cute.launch import Target, unsupported
 from flash_attn_cute.plan import (
-    GRANULARITIES,
     LEAST_TARGET,
     SPLIT_GAIN,
     TILE_OVERHEAD,
@@ -58,9 +57,14 @@ batches = st.lists(st.builds(sequence, query_lengths, key_lengths, active_tiles)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(batch=batches, heads=st.sampled_from([1, 8, 32]), num_sms=st.sampled_from([1, 5, 132]))
-def test_a_plan_is_complete_and_its_workspace_is_bounded(batch, heads, num_sms):
-    p = parameters(heads=heads, num_sms=num_sms)
+@given(
+    batch=batches,
+    heads=st.sampled_from([1, 8, 32]),
+    num_sms=st.sampled_from([1, 5, 132]),
+    granularity=st.sampled_from([2, 4]),
+)
+def test_a_plan_is_complete_and_its_workspace_is_bounded(batch, heads, num_sms, granularity):
+    p = parameters(heads=heads, num_sms=num_sms, granularity=granularity)
     plan = plan_sequences(batch, [70, 0], p)
     count = len(batch)
     assert sorted(s.batch for s in plan.sequences[:count]) == list(range(count))
@@ -78,7 +82,7 @@ def test_a_plan_is_complete_and_its_workspace_is_bounded(batch, heads, num_sms):
     assert {tile[:5] for tile in tiles} == wanted and len(wanted) == len(tiles)
     slots = sorted(tile.slot for tile in tiles if tile.num_splits > 1)
     assert slots == list(range(len(slots)))
-    assert len(slots) <= 2 * GRANULARITIES[-1] * num_sms
+    assert len(slots) <= 2 * granularity * num_sms
     assert len(slots) <= p.slots_bound(plan.cu_total_m_blocks[-1] * heads)
 
 
@@ -132,8 +136,9 @@ def test_one_long_decode_fills_the_gpu_and_its_workspace_is_that_of_the_gpu():
     """131072 keys, one query: the workspace of the design's example, in slots of a query tile."""
     plan = plan_sequences([sequence(1, 131072)], [], CAUSAL)
     splits = plan.sequences[0].num_splits
-    assert splits * CAUSAL.heads <= 132 < (splits + 1) * CAUSAL.heads
+    assert splits * CAUSAL.heads <= 2 * 132 < (splits + 1) * CAUSAL.heads
     assert CAUSAL.slots_bound(10**6) == 528
+    assert parameters(granularity=4).slots_bound(10**6) == 1056
 
 
 def test_a_full_gpu_is_not_split():
@@ -145,27 +150,30 @@ def test_a_full_gpu_is_not_split():
 
 
 @pytest.mark.parametrize(
-    "batch, splits",
+    "batch, granularity, splits",
     [
         # Halves of a launch are 9 parts each, 288 tiles of which 24 go a third round; 256 fill two.
-        ([sequence(1, 65536)] * 4, 8),
-        # A launch is 17 parts, 136 tiles, 4 of which go a second round; 128 fill one, and 33 parts two of half.
-        ([sequence(1, 131072)], 16),
+        ([sequence(1, 65536)] * 4, 2, 8),
+        # Quarters are 17 parts, 544 tiles; 512 fill four rounds.
+        ([sequence(1, 65536)] * 4, 4, 16),
+        # A launch is 17 parts, 136 tiles, 4 of which go a second round; 128 would fill one, but 33 parts end sooner.
+        ([sequence(1, 131072)], 1, 16),
+        ([sequence(1, 131072)], 2, 33),
+        ([sequence(1, 131072)], 4, 65),
     ],
-    ids=["4x65536", "1x131072"],
 )
-def test_parts_fill_whole_rounds(batch, splits):
-    plan = plan_sequences(batch, [], CAUSAL)
+def test_parts_fill_whole_rounds(batch, granularity, splits):
+    plan = plan_sequences(batch, [], parameters(granularity=granularity))
     assert {s.num_splits for s in plan.sequences} == {splits}
     rounds = -(-len(batch) * splits * CAUSAL.heads // CAUSAL.num_sms)
-    assert rounds * CAUSAL.num_sms - len(batch) * splits * CAUSAL.heads < CAUSAL.heads * len(batch)
+    assert rounds * CAUSAL.num_sms - len(batch) * splits * CAUSAL.heads <= CAUSAL.heads * len(batch)
 
 
 def target_without_correction(demands, p):
     """As it was chosen when a launch and half of it were the only targets: the second had to gain an eighth, too."""
     work = sum(d.m_blocks * (d.visits + TILE_OVERHEAD) for d in demands) * p.heads
     best = _candidate(demands, 0, p)
-    for granularity in GRANULARITIES:
+    for granularity in (1, p.granularity):
         plain = _candidate(demands, max(-(-work // (p.num_sms * granularity)), LEAST_TARGET), p)
         if plain.estimate * SPLIT_GAIN[1] < best.estimate * SPLIT_GAIN[0]:
             best = plain
@@ -173,15 +181,20 @@ def target_without_correction(demands, p):
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(batch=batches, heads=st.sampled_from([1, 8, 32]), num_sms=st.sampled_from([5, 78, 132]))
-def test_a_correction_never_lengthens_a_launch_by_its_estimate(batch, heads, num_sms):
-    p = parameters(heads=heads, num_sms=num_sms)
+@given(
+    batch=batches,
+    heads=st.sampled_from([1, 8, 32]),
+    num_sms=st.sampled_from([5, 78, 132]),
+    granularity=st.sampled_from([2, 4]),
+)
+def test_a_correction_never_lengthens_a_launch_by_its_estimate(batch, heads, num_sms, granularity):
+    p = parameters(heads=heads, num_sms=num_sms, granularity=granularity)
     demands = [_demand(s, p) for s in batch]
     chosen = _candidate(demands, _target(demands, p), p)
     assert chosen.estimate <= _candidate(demands, target_without_correction(demands, p), p).estimate
     # What the bound on the workspace rests on.
     work = sum(d.m_blocks * (d.visits + TILE_OVERHEAD) for d in demands) * heads
-    assert chosen.target == 0 or chosen.target * GRANULARITIES[-1] * num_sms >= work
+    assert chosen.target == 0 or chosen.target * p.granularity * num_sms >= work
 
 
 def test_longest_first_and_streams_interleave_evenly():
@@ -215,7 +228,7 @@ def test_get_scheduler_metadata_on_the_cpu():
     assert m.virtual_batch_idx.tolist()[0] == 1 and sorted(m.virtual_batch_idx.tolist()) == [0, 1, 2]
     assert m.num_splits_dynamic[0] > 10 and m.num_m_blocks.tolist() == [1, 1, 1]
     assert m.num_nheads_in_l2.min() >= 1 and m.tile_count_semaphore.tolist() == [0, 0]
-    assert m.slots_bound <= 4 * 132
+    assert m.slots_bound <= 8 * 132
     empty = get_scheduler_metadata(0, 1, 100, 32, 8, 128, device="cpu")
     assert empty.virtual_batch_idx.shape == (0,) and empty.cu_total_m_blocks.tolist() == [0]
 

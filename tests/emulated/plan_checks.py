@@ -86,6 +86,7 @@ def parameter_sets(draw):
         section_heads=draw(st.sampled_from([1, 16])),
         section_tiles=draw(st.sampled_from([0, 528])),
         l2_keys=draw(st.sampled_from([0, 60000])),
+        granularity=draw(st.sampled_from([2, 4])),
     )
 
 
@@ -131,9 +132,11 @@ def test_plans_under_a_key_mask_equal_the_specification(emulation, sequences, gr
     assert_equals_specification(lengths._replace(active_tiles=vector(counts)), extents, p)
 
 
-@pytest.mark.parametrize("lengths_k, splits", [([65536] * 4, 8), ([131072], 16)], ids=["4x65536", "1x131072"])
-def test_corrected_targets_fill_whole_rounds(emulation, lengths_k, splits):
-    metadata = assert_equals_specification(*decode(lengths_k), parameters())
+@pytest.mark.parametrize(
+    "lengths_k, granularity, splits", [([65536] * 4, 2, 8), ([65536] * 4, 4, 16), ([131072], 1, 16), ([131072], 4, 65)]
+)
+def test_corrected_targets_fill_whole_rounds(emulation, lengths_k, granularity, splits):
+    metadata = assert_equals_specification(*decode(lengths_k), parameters(granularity=granularity))
     assert set(metadata.num_splits_dynamic.tolist()) == {splits}
 
 
