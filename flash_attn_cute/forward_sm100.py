@@ -21,7 +21,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_memory, umma
-from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
+from flash_attn_cute.device.key_bias import BiasOfRows, Given, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
@@ -557,16 +557,28 @@ class ForwardSm100:
         tile_position = position = MbarrierRing.start()
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
         staged, ring = shared.bias.staged, shared.bias.ring
-        stager = KeyBiasStager(self.spec.key_side, source, staged, ring, warp, WARPS, STAGED_AT_ONCE, tells=False)
+        stager = KeyBiasStager(
+            self.spec.key_side,
+            source,
+            staged,
+            ring,
+            warp,
+            WARPS,
+            tells=False,
+            at_once=STAGED_AT_ONCE,
+            ahead=0,
+        )
         work, seqlens = shared.mailbox.receive(tile_position)
         while work.is_work():
             ranges = self._ranges(work, seqlens, window)
             place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-            stager.bring(kv_tile(self.spec, tensors, ranges.end - 2, ranges.first), place)
-            stager.stage(position, kv_tile(self.spec, tensors, ranges.end - 1), place)
+            # What was found of a KV tile is found again when it is staged: there are no registers to keep it.
+            stager.read(stager.find(kv_tile(self.spec, tensors, ranges.end - 2, ranges.first), place), place)
+            stager.stage(position, Given(stager.find(kv_tile(self.spec, tensors, ranges.end - 1), place)), place)
             for key_tile in cutlass.range(ranges.end - 2, ranges.first - 1, -1, unroll=1):
-                stager.bring(kv_tile(self.spec, tensors, key_tile - 1, ranges.first), place)
-                stager.stage(position.next(), kv_tile(self.spec, tensors, key_tile), place)
+                stager.read(stager.find(kv_tile(self.spec, tensors, key_tile - 1, ranges.first), place), place)
+                found = stager.find(kv_tile(self.spec, tensors, key_tile), place)
+                stager.stage(position.next(), Given(found), place)
                 self._clear_values(stager, shared, position, is_last=False)
                 position = position.next()
             self._clear_values(stager, shared, position, is_last=True)

@@ -60,8 +60,9 @@ FIRST_SPARE_WARP, SPARE_WARPS = 2, 2
 # Steps of gathering at once. Decodes wait for nothing else: one at a time they took 735 us, eight at a time 485
 # (csrc_notes/paged_kv.md). Beside more than one consumer a gathering warp has registers for fewer.
 GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
-# Keys whose mask and bias a lane reads at once, by consumers: it has 96, 40 or 32 registers.
-STAGED_AT_ONCE = {1: 8, 2: 4, 3: 2}
+# Numbers of masks and biases that a staging lane reads at once, and that it holds from tile to tile, by consumers: it
+# has 96, 40 or 32 registers.
+STAGED_AT_ONCE, STAGED_AHEAD = {1: 8, 2: 4, 3: 2}, {1: 32, 2: 0, 3: 0}
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -350,11 +351,13 @@ class ForwardSm90:
                 kv = kv_range(spec, work, seqlens, window)
                 tile = keys.find(kv_tile(spec, tensors, kv.end - 1))
                 following = keys.find(kv_tile(spec, tensors, kv.end - 2, kv.first))
+                number = kv_tile(spec, tensors, kv.end - 3, kv.first)
                 keys.load(k_position, tile)
                 k_position = k_position.next()
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
                     previous, tile = tile, following
-                    following = keys.find(kv_tile(spec, tensors, kv.end - 2 - i, kv.first))
+                    following = keys.find(number)
+                    number = kv_tile(spec, tensors, kv.end - 3 - i, kv.first)
                     keys.load(k_position, tile)
                     k_position = k_position.next()
                     values.load(v_position, previous)
@@ -385,9 +388,17 @@ class ForwardSm90:
 
     def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
-        at_once = STAGED_AT_ONCE[self.spec.tile.consumers]
+        consumers = self.spec.tile.consumers
         return KeyBiasStager(
-            self.spec.key_side, source, stages.bias, rings.bias, warp, self.bias_warps, at_once, tells=True
+            self.spec.key_side,
+            source,
+            stages.bias,
+            rings.bias,
+            warp,
+            self.bias_warps,
+            tells=True,
+            at_once=STAGED_AT_ONCE[consumers],
+            ahead=STAGED_AHEAD[consumers],
         )
 
     @cute.jit
@@ -405,13 +416,16 @@ class ForwardSm90:
     ):
         kv = kv_range(self.spec, work, seqlens, window)
         place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        tile, following = (kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(2))
-        stager.bring(following, place)
-        stager.stage(position, tile, place)
+        # Which KV tile, its table entries, and what is said of its keys: each begins a tile before it is used.
+        tile, following, number = (kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(3))
+        given, found = stager.read(stager.find(tile, place), place), stager.find(following, place)
+        stager.stage(position, given, place)
+        given, found = stager.read(found, place), stager.find(number, place)
+        number = kv_tile(self.spec, tensors, kv.end - 4, kv.first)
         for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-            tile, following = following, kv_tile(self.spec, tensors, kv.end - 2 - i, kv.first)
-            stager.bring(following, place)
-            stager.stage(position.next(), tile, place)
+            stager.stage(position.next(), given, place)
+            given, found = stager.read(found, place), stager.find(number, place)
+            number = kv_tile(self.spec, tensors, kv.end - 4 - i, kv.first)
             stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
             position = position.next()
         stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import packed
@@ -98,11 +98,20 @@ class Step(NamedTuple):
     vector: Int32
 
 
-class Given(NamedTuple):
-    """What a mask and a bias say of a key and head, as loaded."""
+class Found(NamedTuple):
+    """A KV tile whose table entries are on their way: of each group of a warp, lane i has that of key i."""
 
-    keeps: cutlass.Uint8 | None
-    bias: cutlass.Numeric | None
+    kv_tile: Int32
+    entries: tuple
+
+
+class Given(NamedTuple):
+    """What a mask and a bias say of the keys of a KV tile, on its way: a number for each step of a lane; none where
+    there is no mask or no bias, or where they are not read ahead."""
+
+    found: Found
+    keeps: tuple = ()  # uint8
+    biases: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,11 @@ class KeyBiasStager:
 
     A warp has groups of 32 keys. Its lanes have a key each or, where several vectors are staged, a key and vector each,
     so that the heads of a key, which lie side by side, are read together.
+
+    A KV tile takes two trips to memory, to the page table and to the mask and bias, and one more to find out which tile
+    it is where the kernel skips. A tile of a decode takes 1.8 microseconds, and a trip about one. So each trip begins a
+    tile before its answer is used: `find`, `read` one tile later, and `stage` another one later. A lane without
+    registers for all numbers of a tile has them brought into L2 instead, and `stage` reads them from there.
     """
 
     spec: KeySideSpec
@@ -119,113 +133,192 @@ class KeyBiasStager:
     ring: MbarrierRing
     warp: Int32
     warps: int
-    values_at_once: int  # that a lane has on their way, as many as it has registers for
     tells: bool  # whether a key of the tile is hidden: see `_hiding`
+    at_once: int  # numbers that a lane reads at once, as many as it has registers for
+    ahead: int  # numbers that it can hold from tile to tile: all of a KV tile, or none
+
+    @property
+    def tile_n(self) -> int:
+        return cute.size(self.staged, mode=[0])
+
+    @property
+    def vectors(self) -> int:
+        return cute.size(self.staged, mode=[1])
 
     @property
     def groups(self) -> int:
-        return -(-cute.size(self.staged, mode=[0]) // (WARP * self.warps))
+        return -(-self.tile_n // (WARP * self.warps))
+
+    @property
+    def lanes_a_key(self) -> int:
+        return min(1 << (self.vectors - 1).bit_length(), WARP)
+
+    @property
+    def rounds_a_key(self) -> int:
+        return -(-self.vectors // self.lanes_a_key)
+
+    @property
+    def rounds(self) -> int:
+        """Steps that a group takes."""
+        return self.lanes_a_key * self.rounds_a_key
+
+    @property
+    def holds(self) -> bool:
+        """Whether a lane holds the numbers of a KV tile from `read` to `stage`."""
+        return self.groups * self.rounds * sum(x is not None for x in self.source[:2]) <= self.ahead
+
+    def _step(self, group: int, round: Int32 | int) -> Step:
+        lane, lanes_a_key = cute.arch.lane_idx(), self.lanes_a_key
+        if self.vectors == 1:
+            return Step(group, lane, Int32(0))
+        return Step(
+            group,
+            round // self.rounds_a_key * (WARP // lanes_a_key) + lane // lanes_a_key,
+            round % self.rounds_a_key * lanes_a_key + lane % lanes_a_key,
+        )
+
+    @property
+    def _steps(self) -> list:
+        """All of a KV tile."""
+        return [self._step(group, i) for group in range(self.groups) for i in range(self.rounds)]
 
     def _group_key(self, group: int) -> Int32:
         """The first key of a group in the KV tile."""
         return (group * self.warps + self.warp) * WARP
 
-    def _key_to_read(self, kv_tile: Int32, in_tile: Int32, place: Place) -> Int32:
+    def _key_to_read(self, kv_tile: Int32, group: int, in_group: Int32, place: Place) -> Int32:
         """A key of the sequence, whatever a lane's own is: loads without a condition are all on their way at once."""
-        key = kv_tile * cute.size(self.staged, mode=[0]) + in_tile
+        key = kv_tile * self.tile_n + (self._group_key(group) + in_group)
         return cutlass.max(cutlass.min(key, place.seqlens.len_k - 1), 0)
 
-    def _entries(self, kv_tile: Int32, place: Place) -> list:
-        """Of each group: lane i gets the table entry of key i."""
+    def find(self, kv_tile: Int32, place: Place) -> Found:
+        """Starts to read the table entries of a KV tile; a negative one is none."""
+        if place.table is None:
+            return Found(kv_tile, ())
         lane = cute.arch.lane_idx()
-        return [place.entry(self._key_to_read(kv_tile, self._group_key(g) + lane, place)) for g in range(self.groups)]
+        keys = [self._key_to_read(kv_tile, group, lane, place) for group in range(self.groups)]
+        return Found(kv_tile, tuple(place.entry(key) for key in keys))
 
     @cute.jit
-    def bring(self, kv_tile: Int32, place: Place):
-        """Starts to bring what `stage` will read of a KV tile into L2; a negative one is none.
-
-        Called a KV tile ahead: a tile of a decode takes 1.8 microseconds, and two trips to memory, to the page table
-        and to the bias, nearly as long.
-        """
-        mask, bias, lane = self.source.mask, self.source.bias, cute.arch.lane_idx()
-        for g, entry in enumerate(self._entries(kv_tile, place)):
-            key = self._key_to_read(kv_tile, self._group_key(g) + lane, place)
-            coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key, entry)
-            if const_expr(mask is not None):
-                _prefetch(mask, (*coordinates, place.head(self.spec.mask, 0)))
-            if const_expr(bias is not None):
-                _prefetch(bias, (*coordinates, place.head(self.spec.bias, 0)))
+    def read(self, found: Found, place: Place) -> Given:
+        """Starts to read what a mask and a bias say of a KV tile, or to bring it into L2."""
+        given = Given(found)
+        if const_expr(self.holds):
+            given = self._read_all(found, place)
+        else:
+            for group in cutlass.range_constexpr(self.groups):
+                coordinates = self._coordinates(found, group, cute.arch.lane_idx(), place)
+                for x, kind in self._operands:
+                    if const_expr(x is not None):
+                        _prefetch(x, (*coordinates, place.head(kind, 0)))
+        return given
 
     @cute.jit
-    def stage(self, position: RingPosition, kv_tile: Int32, place: Place):
+    def stage(self, position: RingPosition, given: Given, place: Place):
         to = self.staged[None, None, self.ring.stage(position)]
-        entries = self._entries(kv_tile, place)
-        if const_expr(cute.size(to, mode=[1]) == 1):
-            steps = [Step(g, cute.arch.lane_idx(), Int32(0)) for g in range(self.groups)]
-            given = [self._read(step, kv_tile, place, entries[step.group]) for step in steps]
+        kv_tile = given.found.kv_tile
+        hides = Int32(0)
+        if const_expr(self.holds or self.vectors == 1):
+            if const_expr(not self.holds):
+                given = self._read_all(given.found, place)
             self.ring.wait_empty(position)
-            hides = Int32(0)
+            steps = self._steps
             for i in cutlass.range_constexpr(len(steps)):
-                hides = hides | self._put(to, steps[i], given[i], kv_tile, place)
+                keep = given.keeps[i] if const_expr(self.source.mask is not None) else None
+                bias = given.biases[i] if const_expr(self.source.bias is not None) else None
+                hides = hides | self._put(to, steps[i], keep, bias, kv_tile, place)
         else:
             self.ring.wait_empty(position)
-            hides = Int32(0)
-            for g in cutlass.range_constexpr(self.groups):
-                hides = hides | self._stage_vectors(to, g, kv_tile, place, entries[g])
+            for group in cutlass.range_constexpr(self.groups):
+                hides = hides | self._stage_group(to, group, given.found, place)
         if const_expr(self.tells):
             hides = cute.arch.vote_ballot_sync(hides != 0)
             if cute.arch.lane_idx() == 0:
                 _hiding(to)[self.warp] = hides
         self.ring.fill(position)
 
+    def _read_all(self, found: Found, place: Place) -> Given:
+        lane, steps = cute.arch.lane_idx(), self._steps
+        coordinates = [self._coordinates(found, group, lane, place) for group in range(self.groups)]
+        if self.vectors == 1:
+            numbers = [self._numbers(coordinates[step.group], step, place) for step in steps]
+        else:
+            # One lane works out where a key is, for all that read a vector of it.
+            first = [[_first_element(x, of_group) for x, _ in self._operands] for of_group in coordinates]
+            numbers = [self._numbers_behind(first[step.group], step, place) for step in steps]
+        keeps, biases = (tuple(x for x in column if x is not None) for column in zip(*numbers, strict=True))
+        return Given(found, keeps, biases)
+
     @cute.jit
-    def _stage_vectors(self, to: cute.Tensor, group: cutlass.Constexpr, kv_tile: Int32, place: Place, entry: Int32):
-        vectors, lane = cute.size(to, mode=[1]), cute.arch.lane_idx()
-        lanes_a_key = min(1 << (vectors - 1).bit_length(), WARP)
-        keys_at_once, rounds_a_key = WARP // lanes_a_key, -(-vectors // lanes_a_key)
-        rounds = lanes_a_key * rounds_a_key
-        at_once = min(self.values_at_once, rounds)
+    def _stage_group(self, to: cute.Tensor, group: cutlass.Constexpr, found: Found, place: Place):
+        """Reads and writes a group of several vectors, as many numbers at once as a lane has registers for."""
+        at_once = min(self.at_once, self.rounds)
         hides = Int32(0)
-        for first in cutlass.range(0, rounds, at_once, unroll=1):
-            steps = [
-                Step(
-                    group,
-                    (first + i) // rounds_a_key * keys_at_once + lane // lanes_a_key,
-                    (first + i) % rounds_a_key * lanes_a_key + lane % lanes_a_key,
-                )
-                for i in range(at_once)
+        for first in cutlass.range(0, self.rounds, at_once, unroll=1):
+            steps = [self._step(group, first + i) for i in range(at_once)]
+            numbers = [
+                self._numbers(self._coordinates(found, group, step.key, place, shuffles=True), step, place)
+                for step in steps
             ]
-            given = [self._read(step, kv_tile, place, entry) for step in steps]
             for i in cutlass.range_constexpr(at_once):
-                hides = hides | self._put(to, steps[i], given[i], kv_tile, place)
+                hides = hides | self._put(to, steps[i], *numbers[i], found.kv_tile, place)
         return hides
 
-    def _read(self, step: Step, kv_tile: Int32, place: Place, entry: Int32) -> Given:
-        mask, bias = self.source.mask, self.source.bias
-        if const_expr(place.table is not None and cute.size(self.staged, mode=[1]) > 1):
-            entry = cute.arch.shuffle_sync(entry, step.key)
-        key = self._key_to_read(kv_tile, self._group_key(step.group) + step.key, place)
-        coordinates = place.coordinates(bias if const_expr(mask is None) else mask, key, entry)
-        # Lanes without a vector of their own read the last one's.
-        vector = cutlass.min(step.vector, cute.size(self.staged, mode=[1]) - 1)
-        return Given(
-            None if mask is None else mask[(*coordinates, place.head(self.spec.mask, vector))],
-            None if bias is None else bias[(*coordinates, place.head(self.spec.bias, vector))],
-        )
+    @property
+    def _operands(self) -> tuple:
+        """(mask, how its heads belong to query heads), and of the bias likewise; (None, None) where there is none."""
+        return (self.source.mask, self.spec.mask), (self.source.bias, self.spec.bias)
 
     @cute.jit
-    def _put(self, to: cute.Tensor, step: Step, given: Given, kv_tile: Int32, place: Place) -> Int32:
+    def _coordinates(
+        self,
+        found: Found,
+        group: cutlass.Constexpr,
+        in_group: Int32,
+        place: Place,
+        shuffles: cutlass.Constexpr = False,
+    ):
+        """Of a key of a group, without the head. shuffles: whether the key is another than the lane's own."""
+        mask, bias = self.source.mask, self.source.bias
+        entry = Int32(0)
+        if const_expr(place.table is not None):
+            entry = found.entries[group]
+            if const_expr(shuffles):
+                entry = cute.arch.shuffle_sync(entry, in_group)
+        key = self._key_to_read(found.kv_tile, group, in_group, place)
+        return place.coordinates(bias if const_expr(mask is None) else mask, key, entry)
+
+    def _vector_to_read(self, step: Step) -> Int32:
+        """Lanes without a vector of their own read the last one's."""
+        return cutlass.min(step.vector, self.vectors - 1)
+
+    def _numbers(self, coordinates, step: Step, place: Place) -> list:
+        """[keep, bias] of a step, as loaded; None where there is none."""
+        vector = self._vector_to_read(step)
+        return [None if x is None else x[(*coordinates, place.head(kind, vector))] for x, kind in self._operands]
+
+    def _numbers_behind(self, first: list, step: Step, place: Place) -> list:
+        """The same. first: where the numbers of the lane's key of the group begin in a mask and in a bias."""
+        vector, numbers = self._vector_to_read(step), []
+        for (x, kind), offset in zip(self._operands, first, strict=True):
+            if x is not None:
+                element = cute.arch.shuffle_sync(offset, step.key) + place.head(kind, vector) * Int64(x.stride[-1])
+                x = cute.make_tensor(x.iterator + element, cute.make_layout(1))[0]
+            numbers.append(x)
+        return numbers
+
+    @cute.jit
+    def _put(self, to: cute.Tensor, step: Step, keep, bias, kv_tile: Int32, place: Place) -> Int32:
         """Returns whether what it stages hides a key."""
         in_tile = self._group_key(step.group) + step.key
-        tile_n, vectors = cute.size(to, mode=[0]), cute.size(to, mode=[1])
         value = Float32(0.0)
-        if const_expr(given.bias is not None):
-            bias = given.bias.to(Float32)
-            value = -Float32.inf if bias <= self.spec.lowest else bias * self.source.factor
-        if const_expr(given.keeps is not None):
-            value = value if given.keeps != 0 else -Float32.inf
-        value = value if kv_tile * tile_n + in_tile < place.seqlens.len_k else -Float32.inf
-        is_staged = in_tile < tile_n and step.vector < vectors
+        if const_expr(bias is not None):
+            value = bias.to(Float32)
+            value = -Float32.inf if value <= self.spec.lowest else value * self.source.factor
+        if const_expr(keep is not None):
+            value = value if keep != 0 else -Float32.inf
+        value = value if kv_tile * self.tile_n + in_tile < place.seqlens.len_k else -Float32.inf
+        is_staged = in_tile < self.tile_n and step.vector < self.vectors
         if is_staged:
             to[in_tile, step.vector] = value
         return Int32(1) if is_staged and value == -Float32.inf else Int32(0)
@@ -258,7 +351,7 @@ class KeyBiasStager:
         hidden = [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
         for piece in cutlass.range_constexpr(tile_n // piece_rows):
             loaded.wait_full(first_piece.advanced(piece))
-        # A lane a chunk of a row, and row after row: few are hidden, or the whole tile would have been skipped.
+        # A lane a chunk of a row, and row after row: as a rule few are hidden.
         for g in cutlass.range_constexpr(self.groups):
             rows = hidden[g]
             while rows != 0:
@@ -287,6 +380,11 @@ def _hiding(staged: cute.Tensor) -> cute.Tensor:
     """Behind the first vector of a stage, an int32 a staging warp: other than 0 where it has hidden a key."""
     pad = cute.make_tensor(staged.iterator + cute.size(staged, mode=[0]), cute.make_layout(MOST_STAGING_WARPS))
     return cute.recast_tensor(pad, Int32)
+
+
+def _first_element(x: cute.Tensor | None, coordinates) -> Int64 | None:
+    """Where the numbers of a key begin."""
+    return None if x is None else Int64(cute.crd2idx((*coordinates, 0), x.layout))
 
 
 def _prefetch(x: cute.Tensor, coordinate):

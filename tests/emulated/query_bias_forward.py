@@ -14,10 +14,9 @@ from tests.attention_cases import (
     build_tensors,
     problem_of,
 )
+from tests.emulated.key_bias_forward import CUDA, PLAIN
 
-CUDA = "cuda"
 LENGTHS_Q, LENGTHS_K = [70, 1, 0, 3, 2], [140, 129, 7, 0, 5]
-PLAIN = {"heads": 4, "kv_heads": 2, "head_dim": 64, "device": CUDA}
 BF16 = torch.bfloat16
 
 
