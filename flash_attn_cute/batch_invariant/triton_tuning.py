@@ -36,9 +36,9 @@ _FP32 = KernelTiles(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1
 # at D = 128 q takes 32 KiB and a stage of 128 keys and values 64 KiB. The fastest of those timed on an H200
 # (csrc_notes/batch_invariance.md).
 _LARGE_SHARED_MEMORY = {
-    64: KernelTiles(Tiles(128, 64, 4, 3), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 3)),
-    128: KernelTiles(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2)),
-    256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(32, 64, 8, 1)),
+    64: KernelTiles(Tiles(128, 64, 4, 3), Tiles(128, 32, 8, 3), Tiles(64, 64, 4, 1)),
+    128: KernelTiles(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 1)),
+    256: KernelTiles(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 3), Tiles(64, 64, 8, 1)),
 }
 # Ampere data-centre GPUs have 163 KiB, all others 99 KiB; what fits the smaller serves both.
 _SMALL_SHARED_MEMORY = {
