@@ -265,8 +265,9 @@ def merge_row(
     if const_expr(tensors.sink is not None):
         sink = tensors.sink[row.head].to(Float32)
     splits = num_splits if row.is_query else Int32(0)
+    loaded = merger.bring(partial, splits, block)
     weights = merger.weigh(lse_partial, splits, sink)
-    sums = merger.accumulate(partial, splits, weights.first, block)
+    sums = merger.accumulate(partial, splits, block, loaded)
     if merger.warp == 0:
         lse = weights.lse if row.is_query else -Float32.inf
         if const_expr(cute.rank(tensors.out) == 3):

@@ -323,21 +323,13 @@ class ForwardSm90:
         `gatherer`, have K and V.
         """
         spec = self.spec
+        # The keys of a decode are what it waits for; a prefill may have to wait for room for keys, but not for queries.
+        keys_first = spec.tile.consumers == 1 and not spec.gathers
         tile_position = q_position = k_position = v_position = bias_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
-            if const_expr(gatherer is None):
-                q_rows = ragged_tma.query_rows(
-                    operands.q.source,
-                    seqlens,
-                    work.batch,
-                    work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head,
-                    work.m_block * spec.tokens_per_tile,
-                    ragged=tensors.packed_q,
-                )
-                queries = ragged_tma.TileLoader.create(operands.q.atom, q_rows, spec.query_box, stages.q, rings.q)
-                queries.load(q_position, queries.find(0))
-                q_position = q_position.next()
+            if const_expr(gatherer is None and not keys_first):
+                q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
                 if const_expr(spec.gathers and spec.key_side is not None):
                     stager = self._stager(stages, rings, tensors, scalars, Int32(0))
                     bias_position = self._stage_tile(
@@ -354,6 +346,8 @@ class ForwardSm90:
                 number = kv_tile(spec, tensors, kv.end - 3, kv.first)
                 keys.load(k_position, tile)
                 k_position = k_position.next()
+                if const_expr(keys_first):
+                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
                     previous, tile = tile, following
                     if const_expr(spec.skips):
@@ -370,6 +364,30 @@ class ForwardSm90:
                 v_position = v_position.next()
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
+
+    @cute.jit
+    def _load_queries(
+        self,
+        position: RingPosition,
+        operands: Operands,
+        stages: Stages,
+        rings: Rings,
+        work: WorkTile,
+        seqlens: Seqlens,
+        tensors: ForwardTensors,
+    ):
+        spec = self.spec
+        rows = ragged_tma.query_rows(
+            operands.q.source,
+            seqlens,
+            work.batch,
+            work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head,
+            work.m_block * spec.tokens_per_tile,
+            ragged=tensors.packed_q,
+        )
+        queries = ragged_tma.TileLoader.create(operands.q.atom, rows, spec.query_box, stages.q, rings.q)
+        queries.load(position, queries.find(0))
+        return position.next()
 
     @cute.jit
     def stage_bias(

@@ -251,7 +251,7 @@ def _num_splits(d: _Demand, target: int, p: PlanParameters) -> int:
         key_tiles = -(-d.lengths.len_k // p.tile_n)
         wanted = -(-key_tiles // p.tiles_per_split)
     elif target > 0:
-        wanted = -(-_duration(d.visits, 1) // target)
+        wanted = -(-d.visits // target)
     else:
         wanted = 1
     return max(min(wanted, p.max_splits), 1)

@@ -285,9 +285,9 @@ class PrepareSchedulerMetadata:
 
     @cute.jit
     def _splits_by_load(self, visits: Int32, target: Int32, scalars: PlanScalars) -> Int32:
-        splits, duration = Int32(1), visits + TILE_OVERHEAD
-        if duration > target:
-            splits = cutlass.min(Int32(Uint32(duration + target - 1) // Uint32(target)), scalars.max_splits)
+        splits = Int32(1)
+        if visits > target:
+            splits = cutlass.min(Int32(Uint32(visits + target - 1) // Uint32(target)), scalars.max_splits)
         return splits
 
     @cute.jit

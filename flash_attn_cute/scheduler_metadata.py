@@ -441,7 +441,7 @@ def _parameters(
         section_heads=section_heads,
         section_tiles=section_tiles,
         l2_keys=target.l2_bytes * L2_PART_FOR_KEYS[0] // L2_PART_FOR_KEYS[1] // key_bytes,
-        granularity=tuning.granularity_of_splits(tile),
+        granularity=tuning.granularity_of_splits(tile, max_seqlen_q * tiling.rows_per_token),
     )
     return parameters, tile
 

@@ -16,7 +16,7 @@ from cutlass import Boolean, Int32, Int64, const_expr
 
 from flash_attn_cute.device.kv_range import KvRange
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
-from flash_attn_cute.device.search import last_at_most
+from flash_attn_cute.device.search import first_probe, last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
 from flash_attn_cute.plan import RATIO_BITS
 from flash_attn_cute.problem import INT32_MAX
@@ -187,17 +187,19 @@ class PlannedOrder:
     front_tiles: Int32
     memory_tiles: Int32
     memory_ratio: Int32
+    probe: Int32  # of the search: loaded beside the summary, it takes no trip to memory of its own
     longest_first: bool
 
     @staticmethod
     @cute.jit
     def create(seqlens: SeqlenSource, work: PlannedWork, num_heads: Int32, longest_first: bool):
         """Reads the plan's summary."""
-        num_tiles = work.cu_total_splits_m_blocks[cute.size(work.entries, mode=[0])] * num_heads
+        entries = cute.size(work.entries, mode=[0])
+        num_tiles = work.cu_total_splits_m_blocks[entries] * num_heads
         _, front, memory, ratio = (work.summary[i] for i in range(4))
-        return PlannedOrder(
-            seqlens, work, num_heads, num_tiles, front * num_heads, memory * num_heads, ratio, longest_first
-        )
+        probe = first_probe(work.cu_total_splits_m_blocks, entries)
+        front, memory = front * num_heads, memory * num_heads
+        return PlannedOrder(seqlens, work, num_heads, num_tiles, front, memory, ratio, probe, longest_first)
 
     @cute.jit
     def decode(self, number: Int32, found: Found):
@@ -219,7 +221,7 @@ class PlannedOrder:
     @cute.jit
     def _find_sequence(self, place: Int32) -> Found:
         sums, entries = self.work.cu_total_splits_m_blocks, self.work.entries
-        index = last_at_most(sums, cute.size(entries, mode=[0]), place // self.num_heads)
+        index = last_at_most(sums, cute.size(entries, mode=[0]), place // self.num_heads, self.probe)
         entry = cute.make_rmem_tensor(4, Int32)
         cute.autovec_copy(entries[index, None], entry)
         batch, m_blocks, splits, section = (entry[i] for i in range(4))

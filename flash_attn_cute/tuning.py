@@ -334,15 +334,16 @@ def section_of_tiles(num_sms: int) -> tuple[int, int]:
     return max(num_sms // 8, 1), 4 * num_sms
 
 
-# Rows of the work tiles that splits give an SM at the finest. Finer splits end closer together; what they need is room
-# for partial results, so those of 64 rows may be twice as many as those of 128.
-SPLIT_ROWS_AN_SM, LEAST_GRANULARITY = 256, 2
+# Finer splits end closer together: a decode of 131072 keys, 32/8 heads, in 64 splits and not 16 takes the Hopper
+# forward 123.8 us instead of 125.7. With more rows to merge, that costs more than it saves (csrc_notes/scheduling.md);
+# and the workspace has room for whole tiles, so those have 64 rows.
+FINE_GRANULARITY, GRANULARITY = 4, 2
+FEW_ROWS_TO_MERGE = 16
 
 
-def granularity_of_splits(tile: Sm90Tile | Sm100Tile) -> int:
-    """plan.PlanParameters.granularity: a decode of 131072 keys, 32/8 heads, in 64 splits and not 16 takes the Hopper
-    forward 123.8 us instead of 125.7 (csrc_notes/scheduling.md)."""
-    return 1 << (max(SPLIT_ROWS_AN_SM // tile.tile_m, LEAST_GRANULARITY).bit_length() - 1)
+def granularity_of_splits(tile: Sm90Tile | Sm100Tile, rows: int) -> int:
+    """plan.PlanParameters.granularity. rows: the most of a work tile that are queries."""
+    return FINE_GRANULARITY if tile.tile_m <= 64 and rows <= FEW_ROWS_TO_MERGE else GRANULARITY
 
 
 def packs_heads(qheads_per_kvhead: int, mean_seqlen_q: float, tile_m: int) -> bool:

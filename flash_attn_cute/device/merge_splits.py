@@ -31,7 +31,6 @@ class RowWeights(NamedTuple):
 
     factor: Float32  # for the weighted sum; 0 where there is nothing
     lse: Float32  # of the whole row, with the sink where there is one
-    first: Int32  # the first split that saw a key; MAX_SPLITS where none did
 
 
 @dataclass(frozen=True)
@@ -102,17 +101,14 @@ class RowMerger:
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
         # Any finite number does where there is nothing: exp2(-inf) is 0.
         largest = 0.0 if largest == -Float32.inf else largest
-        total, first = Float32(0.0), Int32(MAX_SPLITS)
+        total = Float32(0.0)
         # Lanes of this warp may still be reading the weights of the row before.
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(self.most_splits // WARP):
             weight = exp2((values[i] - largest) * LOG2_E)
             self.weights[i * WARP + lane] = weight
             total = total + weight
-            if weight != 0.0:
-                first = cutlass.min(first, i * WARP + lane)
         cute.arch.sync_warp()
-        first = cute.arch.warp_redux_sync(first, "min")
         for i in cutlass.range_constexpr(5):
             total = total + cute.arch.shuffle_sync_bfly(total, offset=1 << i)
         lse_of_row = fma(cute.math.log2(total, fastmath=True), Float32(LN2), largest)
@@ -121,32 +117,36 @@ class RowMerger:
         if const_expr(sink is not None):
             share, lse_of_row = join_sink(lse_of_row, sink)
             factor = factor * share
-        return RowWeights(factor, lse_of_row, first)
+        return RowWeights(factor, lse_of_row)
 
     @cute.jit
-    def accumulate(self, partial: cute.Tensor, num_splits: Int32, first: Int32, block: Int32) -> cute.Tensor:
+    def bring(self, partial: cute.Tensor, num_splits: Int32, block: Int32) -> cute.Tensor:
+        """Starts to load what `accumulate` sums first: before `weigh`, so that both take one trip to memory."""
+        loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
+        loaded.fill(0.0)
+        if num_splits > 0:
+            self._load_splits(partial, Int32(0), num_splits, block, loaded)
+        return loaded
+
+    @cute.jit
+    def accumulate(self, partial: cute.Tensor, num_splits: Int32, block: Int32, loaded: cute.Tensor) -> cute.Tensor:
         """Sum of weight x partial over all splits, of this lane's columns, in warp 0 of those that share them.
 
         partial: (splits, head_dim_v) float32; block: of columns. The lane has vector 32 * (block + i) + lane of the row
-        as its i-th. A split of weight 0 may hold anything and is not read: the row's `first` split is read in its
-        place, and not counted.
+        as its i-th. A split of weight 0 may hold anything: it is not counted.
         """
         sums = [cute.make_rmem_tensor(self.width, Float32) for _ in range(self.chains)]
         for chain in sums:
             chain.fill(0.0)
-        vectors = cute.logical_divide(partial, (None, cute.make_layout(self.vector)))
-        if first < MAX_SPLITS:
-            # A block of splits is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise,
-            # whatever their order in the source; across the back edge of a loop it has to let all of them fly.
-            loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
-            following = cute.make_rmem_tensor((self.width, self.loads), Float32)
-            self._load_splits(vectors, Int32(0), first, block, loaded)
-            last = (num_splits - 1) // self.block_splits
-            for i in cutlass.range(last, unroll=1):
-                self._load_splits(vectors, i + 1, first, block, following)
-                self._add_splits(sums, i, loaded)
-                loaded.store(following.load())
-            self._add_splits(sums, last, loaded)
+        # A block of splits is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise,
+        # whatever their order in the source; across the back edge of a loop it has to let all of them fly.
+        following = cute.make_rmem_tensor((self.width, self.loads), Float32)
+        last = (num_splits - 1) // self.block_splits if num_splits > 0 else Int32(0)
+        for i in cutlass.range(last, unroll=1):
+            self._load_splits(partial, i + 1, num_splits, block, following)
+            self._add_splits(sums, i, loaded)
+            loaded.store(following.load())
+        self._add_splits(sums, last, loaded)
         if const_expr(self.warps == 1):
             for i in cutlass.range_constexpr(self.width):
                 sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])
@@ -171,13 +171,14 @@ class RowMerger:
             yield i, chain, number * self.block_splits + i // self.chains * CHAINS + self.warp * self.chains + chain
 
     @cute.jit
-    def _load_splits(self, vectors: cute.Tensor, number: Int32, first: Int32, block: Int32, loaded: cute.Tensor):
+    def _load_splits(self, partial: cute.Tensor, number: Int32, num_splits: Int32, block: Int32, loaded: cute.Tensor):
+        vectors = cute.logical_divide(partial, (None, cute.make_layout(self.vector)))
         for i, _, split in self._splits_at_once(number):
             for piece in cutlass.range_constexpr(self.pieces):
-                # Lanes past the last column read it again.
+                # Behind the last split, and past the last column, those are read again.
                 last = self.head_dim_v // self.vector - 1
                 column = cutlass.min((block + piece) * WARP + cute.arch.lane_idx(), last)
-                source = vectors[split if self.weights[split] != 0.0 else first, (None, column)]
+                source = vectors[cutlass.min(split, num_splits - 1), (None, column)]
                 cute.autovec_copy(source, cute.local_tile(loaded[None, i], (self.vector,), (piece,)))
 
     @cute.jit

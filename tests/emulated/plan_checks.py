@@ -133,7 +133,7 @@ def test_plans_under_a_key_mask_equal_the_specification(emulation, sequences, gr
 
 
 @pytest.mark.parametrize(
-    "lengths_k, granularity, splits", [([65536] * 4, 2, 8), ([65536] * 4, 4, 16), ([131072], 1, 16), ([131072], 4, 65)]
+    "lengths_k, granularity, splits", [([65536] * 4, 2, 8), ([65536] * 4, 4, 16), ([131072], 1, 16), ([131072], 4, 64)]
 )
 def test_corrected_targets_fill_whole_rounds(emulation, lengths_k, granularity, splits):
     metadata = assert_equals_specification(*decode(lengths_k), parameters(granularity=granularity))
