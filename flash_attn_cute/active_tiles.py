@@ -23,8 +23,8 @@ SKIPPING = ("sm_90a", "sm_100a", "sm_103a")
 # (CTAs, warps a CTA) of a list. A warp looks at four KV tiles in the time of one.
 TEAMS = ((1, 1), (1, 4), (1, 16), (8, 16))
 TILES_OF_A_WARP = 4
-# Warps that are resident on 132 SMs: a launch of more takes turns.
-RESIDENT_WARPS = 132 * 64
+# Warps of up to 128 registers a thread that are resident on 132 SMs: a launch of more takes turns, of 3 us each.
+RESIDENT_WARPS = 132 * 16
 
 
 class KeyTensors(NamedTuple):
@@ -101,7 +101,7 @@ class ListShape(NamedTuple):
         chosen = TEAMS[0]
         for team in TEAMS[1:]:
             least = math.prod(chosen) * TILES_OF_A_WARP
-            if mean > least and lists * math.prod(team) <= 4 * RESIDENT_WARPS:
+            if mean > least and lists * math.prod(team) <= RESIDENT_WARPS:
                 chosen = team
         return chosen
 
