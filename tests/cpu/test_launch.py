@@ -378,3 +378,15 @@ def test_a_batch_that_cannot_be_split_takes_no_kernel_that_splits():
     assert prefill.planned and not prefill.splits
     assert key([2048] * 32, 1 << 20).splits
     assert key([1] * 64, 8192).splits
+
+
+@pytest.mark.parametrize("bias_vectors", [0, 1, 8])
+@pytest.mark.parametrize("tile", tuning.SM90_FEW_ROWS_TILES.values(), ids=str)
+def test_ctas_of_the_merge_find_shared_memory_beside_a_few_row_tile(tile, bias_vectors):
+    used = tile.smem_bytes + tuning.SM90_SMALL_BYTES + tuning.bias_bytes(tile, bias_vectors)
+    launched = tile.smem_beside_merge(bias_vectors) or used
+    assert used <= launched <= tuning.SMEM_BYTES
+    taken = launched + 1024
+    carve_out = next(size for size in tuning.SM90_CARVE_OUTS if taken <= size)
+    # 4 KiB of weights, 1 KiB to exchange chains, and the KiB that every CTA takes.
+    assert carve_out - taken >= 6 * 1024
