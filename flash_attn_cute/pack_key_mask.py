@@ -23,6 +23,9 @@ from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors,
 # KV tiles that a warp looks at at once: 16 loads on their way, so that a run of four takes the time of one.
 TILES_AT_ONCE = 4
 ALL_ACTIVE = (1 << TILES_AT_ONCE) - 1
+# Of a sample, which is one load for all of them: with H* = H each lane touches a sector of its own, and 32 keys of a
+# tile for each of 512 lists are 4.5 us of an SM's loads.
+LANES_A_TILE = WARP // TILES_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ class PackScalars(NamedTuple):
     extent_k: Int32  # keys of each sequence where they are not packed
     heads_per_group: Int32  # heads of the mask that belong to one list
     by_page_size: Divisor  # read where keys are paged
+
+
+@cute.jit
+def _active_of_sample(sample: cutlass.Uint8) -> Int32:
+    """Bit i: any lane of tile i has a key that is kept."""
+    kept, active = cute.arch.vote_ballot_sync(sample != 0), Int32(0)
+    for i in cutlass.range_constexpr(TILES_AT_ONCE):
+        if (kept >> (i * LANES_A_TILE)) & ((1 << LANES_A_TILE) - 1) != 0:
+            active = active | (1 << i)
+    return active
 
 
 class PackKeyMask:
@@ -117,24 +130,29 @@ class PackKeyMask:
         heads = scalars.heads_per_group
         first_head = head_group * heads
         bits = Uint32(0)
+        sample = cutlass.Uint8(0)
+        if first < end:
+            sample = self._sample(mask, place, first, end, first_head)
         for tile in cutlass.range(first, end, TILES_AT_ONCE, unroll=1):
-            # Tiles behind the end are the last one again.
-            tiles = [cutlass.min(tile + i, end - 1) for i in range(TILES_AT_ONCE)]
-            active = self._sample(mask, place, tiles, first_head)
+            following = self._sample(mask, place, tile + TILES_AT_ONCE, end, first_head)
+            active = _active_of_sample(sample)
             if active != ALL_ACTIVE:
+                # Tiles behind the end are the last one again.
+                tiles = [cutlass.min(tile + i, end - 1) for i in range(TILES_AT_ONCE)]
                 active = self._look(mask, place, tiles, first_head, first_head + heads, active)
+            sample = following
             for i in cutlass.range_constexpr(TILES_AT_ONCE):
                 if (active >> i) & 1 != 0 and tile + i < end:
                     bits = bits | (Uint32(1) << Uint32(tile + i - first))
         return bits
 
-    @cute.jit
-    def _sample(self, mask: cute.Tensor, place: Place, tiles: list, head: Int32) -> Int32:
-        """Bit i: one head sees one of 32 keys of tiles[i], a lane each. Evenly spread, so that a run of visible keys
-        that is as long as their distance shows, wherever it begins."""
-        in_tile = cute.arch.lane_idx() * self.spec.tile_n // WARP
-        keys = [[self._key(place, tile, in_tile)] for tile in tiles]
-        return self._seen(self._keeps(mask, self._rows(mask, place, keys), head))
+    def _sample(self, mask: cute.Tensor, place: Place, tile: Int32, end: Int32, head: Int32) -> cutlass.Uint8:
+        """What one head keeps of KV tiles [tile, tile + TILES_AT_ONCE): of LANES_A_TILE keys of each, a lane a key.
+        Evenly spread, so that a run of visible keys that is as long as their distance shows, wherever it begins."""
+        lane = cute.arch.lane_idx()
+        in_tile = lane % LANES_A_TILE * self.spec.tile_n // LANES_A_TILE
+        key = self._key(place, cutlass.min(tile + lane // LANES_A_TILE, end - 1), in_tile)
+        return mask[(*place.coordinates(mask, key, place.entry_of_key(key)), head)]
 
     @cute.jit
     def _look(

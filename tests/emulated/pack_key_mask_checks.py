@@ -113,7 +113,7 @@ def test_tiles_of_more_keys_than_lanes(emulation, monkeypatch, tile_n):
 
 
 def test_each_key_and_head_alone(emulation, monkeypatch):
-    """Of two tiles of a sequence each, the key that none but one head sees: a sample finds a quarter of them."""
+    """Of two tiles of a sequence each, the key that none but one head sees: a sample finds few of them."""
     tile_n, heads = 128, 3
     key = torch.arange(2 * tile_n)
     mask = torch.zeros(len(key), 2 * tile_n, heads, dtype=torch.bool)
