@@ -14,14 +14,14 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import Float32, Int32, const_expr
+from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
-from flash_attn_cute.device.kv_range import Window
+from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import OutputRows
 from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
@@ -44,6 +44,7 @@ from flash_attn_cute.forward_spec import (
     window_of,
 )
 from flash_attn_cute.tile_scheduler import (
+    LONG_TILE_KEYS,
     MAILBOX_STAGES,
     TileMailbox,
     TileScheduler,
@@ -146,6 +147,9 @@ class ForwardSm90:
         merges_beside = spec.splits and tile.consumers == 1
         bias_vectors = 0 if spec.key_side is None else spec.bias_vectors
         self.launch_smem = tile.smem_beside_merge(bias_vectors) if merges_beside else None
+        # Whether a work tile's first KV tiles are looked up before the last values of the one before are waited for.
+        # Loading warps beside more than one consumer have no registers for what is found.
+        self.finds_early = tile.consumers == 1 and (spec.gathers or spec.page_span > 0 or spec.skips)
         # A wide output takes long to rescale: do it while the scores of the next tile are being computed.
         self.rescale_late = tile.head_dim_v > 128
 
@@ -268,7 +272,12 @@ class ForwardSm90:
         if warp < 4:
             cute.arch.setmaxregister_decrease(registers[0])
             if warp == LOAD_WARP:
-                self.load(operands, stages, rings, window, tensors, scalars, None)
+                if const_expr(not spec.gathers):
+                    self.load(operands, stages, rings, window, tensors, scalars, None)
+                elif const_expr(spec.key_side is None):
+                    self.load_queries(operands, stages, rings, tensors)
+                else:
+                    self.stage_bias(operands, stages, rings, window, tensors, scalars, Int32(0))
             if warp == SCHEDULE_WARP:
                 order = tile_order(spec, tensors, scalars, source)
                 scheduler = TileScheduler(tensors.semaphore, scalars.short_from)
@@ -278,7 +287,7 @@ class ForwardSm90:
                     gatherer = warp - FIRST_SPARE_WARP
                     self.load(operands, stages, rings, window, tensors, scalars, gatherer)
                 elif const_expr(spec.key_side is not None):
-                    self.stage_bias(stages, rings, window, tensors, scalars, warp - FIRST_SPARE_WARP)
+                    self.stage_bias(operands, stages, rings, window, tensors, scalars, warp - FIRST_SPARE_WARP)
         else:
             cute.arch.setmaxregister_increase(registers[1])
             consumer = self._consumer(s_mma, o_mma, stages, scalars)
@@ -319,31 +328,30 @@ class ForwardSm90:
     ):
         """A loading warp: for every tile Q, then K one KV tile ahead of V, in the order in which they are needed.
 
-        Where keys are gathered, the loading warp has Q alone, and the warps that gather them, which are numbered by
-        `gatherer`, have K and V.
+        Where keys are gathered, the warps that do so, which are numbered by `gatherer`, have K and V alone.
         """
         spec = self.spec
         # The keys of a decode are what it waits for; a prefill may have to wait for room for keys, but not for queries.
         keys_first = spec.tile.consumers == 1 and not spec.gathers
-        tile_position = q_position = k_position = v_position = bias_position = MbarrierRing.start()
+        tile_position = q_position = k_position = v_position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
-        while work.is_work():
-            if const_expr(gatherer is None and not keys_first):
-                q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
-                if const_expr(spec.gathers and spec.key_side is not None):
-                    stager = self._stager(stages, rings, tensors, scalars, Int32(0))
-                    bias_position = self._stage_tile(
-                        stager, bias_position, stages, rings, work, seqlens, window, tensors, scalars
-                    )
-            if const_expr(spec.gathers == (gatherer is not None)):
+        if work.is_work():
+            first = None
+            if const_expr(self.finds_early):
+                first = self._find_keys(operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer)
+            while work.is_work():
+                if const_expr(gatherer is None and not keys_first):
+                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
                 keys, values = [
                     self._key_loader(operand, smem, ring, work, seqlens, tensors, scalars, gatherer)
                     for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
                 ]
                 kv = kv_range(spec, work, seqlens, window)
-                tile = keys.find(kv_tile(spec, tensors, kv.end - 1))
-                following = keys.find(kv_tile(spec, tensors, kv.end - 2, kv.first))
-                number = kv_tile(spec, tensors, kv.end - 3, kv.first)
+                tile, following, number = (
+                    first
+                    if const_expr(self.finds_early)
+                    else self._find_keys(operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer)
+                )
                 keys.load(k_position, tile)
                 k_position = k_position.next()
                 if const_expr(keys_first):
@@ -360,8 +368,48 @@ class ForwardSm90:
                     k_position = k_position.next()
                     values.load(v_position, previous)
                     v_position = v_position.next()
-                values.load(v_position, tile)
+                tile_position = tile_position.next()
+                if const_expr(self.finds_early):
+                    is_long = self._is_long(kv)
+                    if not is_long:
+                        values.load(v_position, tile)
+                    work, seqlens = rings.tiles.receive(tile_position)
+                    first = tile, following, number  # of no more work, as good as any
+                    if work.is_work():
+                        first = self._find_keys(
+                            operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer
+                        )
+                    if is_long:
+                        values.load(v_position, tile)
+                else:
+                    values.load(v_position, tile)
+                    work, seqlens = rings.tiles.receive(tile_position)
                 v_position = v_position.next()
+
+    def _find_keys(
+        self,
+        operands: Operands,
+        stages: Stages,
+        rings: Rings,
+        work: WorkTile,
+        seqlens: Seqlens,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        gatherer: Int32 | None,
+    ) -> tuple:
+        """(First KV tile, second, number of the third) of a work tile, on their way."""
+        keys = self._key_loader(operands.k, stages.k, rings.k, work, seqlens, tensors, scalars, gatherer)
+        tile, following, number = self._first_tiles(kv_range(self.spec, work, seqlens, window), tensors)
+        return keys.find(tile), keys.find(following), number
+
+    @cute.jit
+    def load_queries(self, operands: Operands, stages: Stages, rings: Rings, tensors: ForwardTensors):
+        """The loading warp where other warps gather keys."""
+        tile_position = position = MbarrierRing.start()
+        work, seqlens = rings.tiles.receive(tile_position)
+        while work.is_work():
+            position = self._load_queries(position, operands, stages, rings, work, seqlens, tensors)
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
 
@@ -392,6 +440,7 @@ class ForwardSm90:
     @cute.jit
     def stage_bias(
         self,
+        operands: Operands,
         stages: Stages,
         rings: Rings,
         window: Window,
@@ -399,14 +448,68 @@ class ForwardSm90:
         scalars: ForwardScalars,
         warp: Int32,
     ):
-        """A warp that turns key-side masks and biases into what consumers add, KV tile by KV tile."""
-        tile_position = position = MbarrierRing.start()
+        """A warp that turns key-side masks and biases into what consumers add, KV tile by KV tile.
+
+        Where keys are gathered it is the loading warp, and loads queries as well.
+        """
+        spec = self.spec
         stager = self._stager(stages, rings, tensors, scalars, warp)
+        tile_position = q_position = position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
-        while work.is_work():
-            position = self._stage_tile(stager, position, stages, rings, work, seqlens, window, tensors, scalars)
-            tile_position = tile_position.next()
-            work, seqlens = rings.tiles.receive(tile_position)
+        if work.is_work():
+            first = None
+            if const_expr(stager.holds):
+                first = self._find_bias(stager, work, seqlens, window, tensors, scalars)
+            while work.is_work():
+                if const_expr(spec.gathers):
+                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
+                kv = kv_range(spec, work, seqlens, window)
+                place = key_side_place(spec, tensors, scalars, work, seqlens)
+                # What is said of keys, table entries, which KV tile: each begins a tile before it is used.
+                given, found, number = (
+                    first
+                    if const_expr(stager.holds)
+                    else self._find_bias(stager, work, seqlens, window, tensors, scalars)
+                )
+                stager.stage(position, given, place)
+                given, found = stager.read(found, place), stager.find(number, place)
+                number = kv_tile(spec, tensors, kv.end - 4, kv.first)
+                for i in cutlass.range(1, kv.num_tiles(), unroll=1):
+                    stager.stage(position.next(), given, place)
+                    given, found = stager.read(found, place), stager.find(number, place)
+                    number = kv_tile(spec, tensors, kv.end - 4 - i, kv.first)
+                    stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                    position = position.next()
+                tile_position = tile_position.next()
+                if const_expr(stager.holds):
+                    is_long = self._is_long(kv)
+                    if not is_long:
+                        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                    work, seqlens = rings.tiles.receive(tile_position)
+                    first = given, found, number  # of no more work, as good as any
+                    if work.is_work():
+                        first = self._find_bias(stager, work, seqlens, window, tensors, scalars)
+                    if is_long:
+                        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                else:
+                    stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                    work, seqlens = rings.tiles.receive(tile_position)
+                position = position.next()
+
+    def _find_bias(
+        self,
+        stager: KeyBiasStager,
+        work: WorkTile,
+        seqlens: Seqlens,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+    ) -> tuple:
+        """(First KV tile, second, number of the third) of a work tile, on their way; of the first, what is said of its
+        keys."""
+        place = key_side_place(self.spec, tensors, scalars, work, seqlens)
+        tile, following, number = self._first_tiles(kv_range(self.spec, work, seqlens, window), tensors)
+        return stager.read(stager.find(tile, place), place), stager.find(following, place), number
 
     def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
         source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
@@ -423,35 +526,14 @@ class ForwardSm90:
             ahead=STAGED_AHEAD[consumers],
         )
 
-    @cute.jit
-    def _stage_tile(
-        self,
-        stager: KeyBiasStager,
-        position: RingPosition,
-        stages: Stages,
-        rings: Rings,
-        work: WorkTile,
-        seqlens: Seqlens,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
-    ):
-        kv = kv_range(self.spec, work, seqlens, window)
-        place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        # Which KV tile, its table entries, and what is said of its keys: each begins a tile before it is used.
-        tile, following, number = (kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(3))
-        given, found = stager.read(stager.find(tile, place), place), stager.find(following, place)
-        stager.stage(position, given, place)
-        given, found = stager.read(found, place), stager.find(number, place)
-        number = kv_tile(self.spec, tensors, kv.end - 4, kv.first)
-        for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-            stager.stage(position.next(), given, place)
-            given, found = stager.read(found, place), stager.find(number, place)
-            number = kv_tile(self.spec, tensors, kv.end - 4 - i, kv.first)
-            stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
-            position = position.next()
-        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
-        return position.next()
+    def _first_tiles(self, kv: KvRange, tensors: ForwardTensors) -> tuple:
+        """Numbers of the first three KV tiles of a work tile."""
+        return tuple(kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(3))
+
+    def _is_long(self, kv: KvRange) -> Boolean:
+        """Whether the work tile behind this one has been sent by the time that the last values are loaded. Behind a
+        short one they would wait for it."""
+        return kv.num_tiles() * self.spec.tile.tile_n >= LONG_TILE_KEYS
 
     def _key_loader(
         self,
