@@ -334,7 +334,7 @@ def stack_bytes(cubin: bytes) -> list[int]:
 
 # Without FLASH_ATTN_CUTE_COMPILE_ALL=1: on Hopper those that others stand for are left out,
 STOOD_FOR = ("d128-packed-full", "d128-batched-full", "d40-causal", "d96-causal", "d192-full")
-HOPPER = [name for name in CONFIGURATIONS | HOPPER_CONFIGURATIONS if name not in STOOD_FOR]
+HOPPER_NAMES = [name for name in CONFIGURATIONS | HOPPER_CONFIGURATIONS if name not in STOOD_FOR]
 # and on Blackwell only a few that differ most are taken. With it, all, on both of its architectures.
 BLACKWELL = [
     ("sm_100a", "d128-packed-causal-gqa4"),
@@ -348,10 +348,10 @@ BLACKWELL = [
 if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
     named = CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
     BLACKWELL = [(architecture, name) for architecture in ("sm_100a", "sm_103a") for name in named]
-    HOPPER = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS]
+    HOPPER_NAMES = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS]
 
 
-@pytest.mark.parametrize("architecture, name", [*(("sm_90a", name) for name in HOPPER), *BLACKWELL])
+@pytest.mark.parametrize("architecture, name", [*(("sm_90a", name) for name in HOPPER_NAMES), *BLACKWELL])
 def test_compiles_without_spills(architecture, name, tmp_path):
     """In a process of its own: the architecture and the dump are read from the environment once."""
     configurations = CONFIGURATIONS | HOPPER_CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
