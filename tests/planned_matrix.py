@@ -186,4 +186,4 @@ def test_the_workspace_is_bounded_by_the_sms():
         )
         splits, m_blocks = plan.num_splits_dynamic.long(), plan.num_m_blocks.long()
         used = int((splits * m_blocks)[splits > 1].sum()) * plan.parameters.heads
-        assert used <= plan.slots_bound <= 4 * num_sms
+        assert used <= plan.slots_bound <= 2 * plan.parameters.granularity * num_sms
