@@ -210,9 +210,7 @@ def flash_attn_varlen_func(
 
 def what_decides(scheduler_metadata: Any) -> Any:
     """What of the argument is part of a call's signature."""
-    if isinstance(scheduler_metadata, SchedulerMetadata):
-        return scheduler_metadata.shape, scheduler_metadata.device
-    return scheduler_metadata
+    return scheduler_metadata.kind if isinstance(scheduler_metadata, SchedulerMetadata) else scheduler_metadata
 
 
 def _compiled_call(**arguments) -> Tensor | tuple[Tensor, Tensor]:
@@ -357,6 +355,8 @@ def capability_of(q: Tensor) -> tuple[int, int] | str:
 def _wants_gradients(tensors: AttentionTensors) -> bool:
     if not torch.is_grad_enabled():
         return False
-    t = tensors
-    differentiable = (t.q, t.k, t.v, t.learnable_sink, t.key_bias, t.query_bias)
-    return any(t is not None and t.requires_grad for t in differentiable)
+    q, k, v = tensors[:3]
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    others = tensors.learnable_sink, tensors.key_bias, tensors.query_bias
+    return others != (None, None, None) and any(x is not None and x.requires_grad for x in others)

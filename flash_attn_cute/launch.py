@@ -38,6 +38,7 @@ from flash_attn_cute.tuning import (
 )
 
 TMA_ALIGNMENT = 16
+TMA_REACHES_ALL = (True, True, True)  # of q, k and v
 # Rows over which a swizzle pattern repeats: spans of fewer would begin within a pattern.
 SWIZZLE_ROWS = 8
 # Where keys are all that is waited for, many small TMA copies are slower than cp.async: on an H200, 64 decodes of 8192
@@ -553,7 +554,8 @@ class PreparedLaunch(NamedTuple):
             return out, lse
         if k.numel() == 0:  # nothing will be loaded, but a tensor map needs an extent
             k, v = [x.new_empty([max(n, 1) for n in x.shape]) for x in (k, v)]
-        q, k, v = map(_for_tma, (q, k, v), self.strides_suit)
+        if self.strides_suit != TMA_REACHES_ALL or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % TMA_ALIGNMENT:
+            q, k, v = map(_for_tma, (q, k, v), self.strides_suit)
         target = out
         if given is not None and not (_strides_suit_tma(out) and out.data_ptr() % TMA_ALIGNMENT == 0):
             target = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -602,6 +604,8 @@ def _query_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None
     """(mask as uint8, bias) of each query. Nothing is copied; where no sequence has a key there is a column all the
     same, for a kernel to read and drop."""
     mask, bias = tensors.query_mask, tensors.query_bias
+    if mask is None and bias is None:
+        return None, None
     if mask is not None:
         mask = mask.view(torch.uint8)
     return tuple(x if x is None or x.shape[2] else x.new_zeros(*x.shape[:2], 1) for x in (mask, bias))

@@ -7,6 +7,8 @@ loop, are such calls.
 
 from __future__ import annotations
 
+import contextlib
+
 from flash_attn_cute.launch import PreparedLaunch
 from flash_attn_cute.problem import AttentionTensors
 
@@ -17,24 +19,28 @@ _prepared: dict[tuple, PreparedLaunch] = {}
 
 
 def signature(tensors: AttentionTensors, options: tuple) -> tuple | None:
-    """A key for the call; None if an argument is of a type that has none, which validation then says better."""
+    """A key for the call; None if what should be a tensor is none, which validation then says better.
+
+    It may hold what has no hash, and then nothing is kept under it: hashing it here as well would take a microsecond.
+    """
     q, k, v = tensors[:3]
     try:
-        key = (
+        return (
             (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device),
             (v.shape, v.stride(), v.dtype, v.device),
             tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors[3:]]),
             options,
             tuple(map(type, options)),  # True equals 1 and 1.0, and is not welcome in the same places
         )
-        hash(key)
     except (AttributeError, TypeError):
         return None
-    return key
 
 
 def find(key: tuple | None) -> PreparedLaunch | None:
-    return _prepared.get(key)
+    try:
+        return _prepared.get(key)
+    except TypeError:
+        return None
 
 
 def keep(key: tuple | None, prepared: PreparedLaunch) -> None:
@@ -42,4 +48,5 @@ def keep(key: tuple | None, prepared: PreparedLaunch) -> None:
         return
     if len(_prepared) >= CAPACITY:
         _prepared.clear()
-    _prepared[key] = prepared
+    with contextlib.suppress(TypeError):
+        _prepared[key] = prepared

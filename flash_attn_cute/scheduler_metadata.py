@@ -106,6 +106,11 @@ class SchedulerMetadata:
     def shape(self) -> BatchShape:
         return BatchShape(self.parameters, self.extents, self.packed_q)
 
+    @functools.cached_property
+    def kind(self) -> PlanKind:
+        """What of a plan decides how a call is launched."""
+        return PlanKind(self.shape, self.device)
+
     @property
     def tiles_bound(self) -> int:
         """The most query tiles, of all heads, that a batch in these shapes can have."""
@@ -131,6 +136,22 @@ class BatchShape(NamedTuple):
     @property
     def slots_bound(self) -> int:
         return self.parameters.slots_bound(self.tiles_bound)
+
+
+class PlanKind:
+    """Shape and device of a plan, hashed once: a call looks itself up under them, and a decode has no time to spare."""
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, shape: BatchShape, device: torch.device):
+        self._value = shape, device
+        self._hash = hash(self._value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, PlanKind) and self._value == other._value)
 
 
 def batch_shape(problem: Problem, target: Any, metadata: SchedulerMetadata | bool | None) -> BatchShape | None:

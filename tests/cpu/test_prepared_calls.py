@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flash_attn_cute import prepared_calls
+from flash_attn_cute import get_scheduler_metadata, prepared_calls
 from flash_attn_cute.problem import AttentionTensors
 
 OPTIONS = (16, 16, None, True, (None, None), 0.0, 1, None, None, False, "auto", None, False, "auto")
@@ -65,8 +65,22 @@ def test_types_are_in_it():
 
 def test_what_has_no_signature_is_left_to_validation():
     assert prepared_calls.signature(tensors(q=None), OPTIONS) is None
-    assert prepared_calls.signature(tensors(), (*OPTIONS[:4], [None, None], *OPTIONS[5:])) is None
     assert prepared_calls.find(None) is None
+    without_hash = prepared_calls.signature(tensors(), (*OPTIONS[:4], [None, None], *OPTIONS[5:]))
+    prepared_calls.keep(without_hash, object())
+    assert prepared_calls.find(without_hash) is None
+
+
+def test_plans_of_one_shape_are_of_one_kind():
+    """Made apart, they are the same to a call; made for other lengths' bounds, or with other options, they are not."""
+
+    def kind(max_seqlen_k=4096, **options):
+        used = torch.tensor([5, 4096], dtype=torch.int32)
+        return get_scheduler_metadata(2, 1, max_seqlen_k, 8, 2, 64, seqused_k=used, **options).kind
+
+    assert kind() == kind() and hash(kind()) == hash(kind())
+    assert kind() != kind(8192) and kind() != kind(num_splits=1) and kind() != kind(causal=True)
+    assert kind() != (kind()._value)
 
 
 def test_memory_is_bounded(monkeypatch):
