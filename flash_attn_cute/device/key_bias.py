@@ -348,7 +348,7 @@ class KeyBiasStager:
         zeros = cute.make_rmem_tensor(CHUNK, values.element_type)
         zeros.fill(0.0)
         lane = cute.arch.lane_idx()
-        hidden = [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
+        hidden = self._hidden_rows_of_groups(staged)
         pieces = tile_n // piece_rows
         for piece in cutlass.range_constexpr(pieces):
             loaded.wait_full(first_piece.advanced(piece))
@@ -370,9 +370,29 @@ class KeyBiasStager:
                 chunks = cute.logical_divide(row, cute.make_layout(CHUNK))
                 if lane < chunks_a_row:
                     cute.autovec_copy(zeros, chunks[None, lane])
-        # The tensor cores read them through the async proxy.
-        cute.arch.fence_proxy("async.shared", space="cta")
+        # The tensor cores read them through the async proxy. Without a hidden row there is nothing to fence, and it
+        # may wait for what is being read ahead.
+        if const_expr(self.tells):
+            is_any_hidden = hidden[0]
+            for g in cutlass.range_constexpr(1, self.groups):
+                is_any_hidden = is_any_hidden | hidden[g]
+            if is_any_hidden != 0:
+                cute.arch.fence_proxy("async.shared", space="cta")
+        else:
+            cute.arch.fence_proxy("async.shared", space="cta")
         cleared.fill(position)
+
+    @cute.jit
+    def _hidden_rows_of_groups(self, staged: cute.Tensor) -> list:
+        """`_hidden_rows` of each of the warp's groups. Where it tells that it hid nothing, they are not looked at."""
+        lane = cute.arch.lane_idx()
+        if const_expr(not self.tells):
+            return [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
+        hidden = [Int32(0)] * self.groups
+        if _hiding(staged)[self.warp] != 0:
+            for g in cutlass.range_constexpr(self.groups):
+                hidden[g] = self._hidden_rows(staged, self._group_key(g) + lane)
+        return hidden
 
     @cute.jit
     def _hidden_rows(self, staged: cute.Tensor, row: Int32) -> Int32:
