@@ -56,16 +56,6 @@ class PackScalars(NamedTuple):
     by_page_size: Divisor  # read where keys are paged
 
 
-@cute.jit
-def _active_of_sample(sample: cutlass.Uint8) -> Int32:
-    """Bit i: any lane of tile i has a key that is kept."""
-    kept, active = cute.arch.vote_ballot_sync(sample != 0), Int32(0)
-    for i in cutlass.range_constexpr(TILES_AT_ONCE):
-        if (kept >> (i * LANES_A_TILE)) & ((1 << LANES_A_TILE) - 1) != 0:
-            active = active | (1 << i)
-    return active
-
-
 class PackKeyMask:
     """Compile with `cute.compile(PackKeyMask(spec), PackTensors, PackScalars, stream)`."""
 
@@ -233,3 +223,13 @@ class PackKeyMask:
         if const_expr(table is not None):
             room = room if cute.size(table, mode=[1]) > 0 else 0
         return room
+
+
+@cute.jit
+def _active_of_sample(sample: cutlass.Uint8) -> Int32:
+    """Bit i: any lane of tile i has a key that is kept."""
+    kept, active = cute.arch.vote_ballot_sync(sample != 0), Int32(0)
+    for i in cutlass.range_constexpr(TILES_AT_ONCE):
+        if (kept >> (i * LANES_A_TILE)) & ((1 << LANES_A_TILE) - 1) != 0:
+            active = active | (1 << i)
+    return active

@@ -70,8 +70,8 @@ class PlanParameters:
         (all heads together) can have.
 
         With splits as the batch asks for, twice the SMs times the finest granularity, whatever the batch: a sequence of
-        t query tiles of duration d is split where d exceeds the target T, into ceil(d / T) < 2 d / T parts, and the sum
-        of t * d over all sequences is at most T * granularity * SMs: corrections only raise a target. With
+        t query tiles that visit v KV tiles is split where v exceeds the target T, into ceil(v / T) < 2 v / T parts, and
+        the sum of t * v over all sequences is at most T * granularity * SMs: corrections only raise a target. With
         absolute boundaries it is what the longest sequence may take, times the tiles.
         """
         if self.max_splits == 1:
@@ -84,7 +84,7 @@ class PlanParameters:
         """Whether no batch of at least `least_tiles` query tiles (all heads together), none of whose sequences has more
         than `most_keys` keys, is split as the batch asks for.
 
-        A tile is split where its duration exceeds a target, which is never below the work of the batch divided by the
+        A tile is split where its KV tiles exceed a target, which is never below the work of the batch divided by the
         SMs and the finest granularity; and the work is at least the overhead of every tile.
         """
         if self.tiles_per_split > 0:
@@ -197,7 +197,7 @@ def _duration(visits: int, splits: int) -> int:
 
 
 def _target(demands: list[_Demand], p: PlanParameters) -> int:
-    """The duration above which a work tile is split; 0 where nothing is, or boundaries are absolute.
+    """The KV tiles above which a work tile is split; 0 where nothing is, or boundaries are absolute.
 
     Of a perfectly balanced launch, or its part of the finest granularity, and of each a correction: parts of sequences
     are rounded up to whole ones, so a target may give more long tiles than its rounds have room for, and a last round

@@ -162,7 +162,7 @@ def clear_rows(spec, work, seqlens: Seqlens, tensors):
 
 @cute.jit
 def clear_partial(spec, slot: Int32, tensors):
-    """One warp says of every row of a split that it saw no key; then nobody reads the row's output."""
+    """One warp says of every row of a split that it saw no key; then the row's output counts for nothing."""
     for row in cutlass.range(cute.arch.lane_idx(), spec.tile.tile_m, 32):
         tensors.lse_partial[slot, row] = -Float32.inf
 
