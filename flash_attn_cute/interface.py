@@ -358,5 +358,7 @@ def _wants_gradients(tensors: AttentionTensors) -> bool:
     q, k, v = tensors[:3]
     if q.requires_grad or k.requires_grad or v.requires_grad:
         return True
-    others = tensors.learnable_sink, tensors.key_bias, tensors.query_bias
-    return others != (None, None, None) and any(x is not None and x.requires_grad for x in others)
+    for x in (tensors.learnable_sink, tensors.key_bias, tensors.query_bias):
+        if x is not None and x.requires_grad:
+            return True
+    return False
