@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
-from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, WARP, RowMerger
+from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, WARP, WEIGHTS_PITCH, RowMerger
 from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
 from flash_attn_cute.tile_scheduler import PlannedWork
@@ -80,7 +80,8 @@ class Combine:
                 partial = tensors.partial[None, row.batch, row.row, row.head, None]
                 lse_partial = tensors.lse_partial[None, row.batch, row.row, row.head]
             block = index % merger.blocks
-            merge_row(merger, partial, lse_partial, cute.size(lse_partial), row, block, tensors)
+            num_splits = Int32(cute.size(lse_partial)) if row.is_query else Int32(0)
+            merge_row(merger, partial, lse_partial, num_splits, row, block, tensors)
             index = index + grid * pieces_per_cta(merger)
 
     @cute.jit
@@ -141,11 +142,22 @@ class SplitTile(NamedTuple):
         return SplitTile(*(Int32(0) for _ in range(5)), Seqlens.none())
 
 
+class Piece(NamedTuple):
+    """A block of columns of a row of a split query tile."""
+
+    row: Row
+    block: Int32
+    num_splits: Int32  # 0 for padding
+    first_slot: Int32
+    place: Int32  # the row of a work tile
+
+
 class CombinePlanned:
     """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, stream)`.
 
-    CTA (x, y) has every grid_x-th split query tile from x on, and of the pieces of its rows every grid_y-th group from
-    y on. Where the plan split nothing, that is known after one load.
+    CTA (x, y) has every grid_y-th split query tile from y on, and of the pieces of its rows every grid_x-th group from
+    x on: CTAs start in the order of x, and most launches have few tiles, so that those with work are the first. Where
+    the plan split nothing, that is known after one load.
     """
 
     def __init__(self, spec: PlannedCombineSpec):
@@ -170,19 +182,31 @@ class CombinePlanned:
         heads = cute.size(out, mode=[cute.rank(out) - 2]) // spec.qheads_per_tile
         num_tiles = tensors.work.summary[0] * heads
         merger = row_merger(spec.head_dim_v, spec.warps_per_row)
-        step, _, _ = cute.arch.grid_dim()
-        index, _, _ = cute.arch.block_idx()
-        # Lengths and plan were there before the forward began. Its results are only behind the wait, which also CTAs
-        # without work have to make: what follows this launch takes it for the end of the forward.
-        tile = SplitTile.none()
+        groups, step, _ = cute.arch.grid_dim()
+        group, index, _ = cute.arch.block_idx()
         if index < num_tiles:
+            # Lengths and plan were there before the forward began. Its results are only behind the wait, and from there
+            # on every instruction counts: a merge is one chain of them.
             tile = self._tile(tensors.work, source, heads, index)
-        cute.arch.griddepcontrol_wait()
-        while index < num_tiles:
-            self._merge_tile(tensors, merger, tile)
-            index = index + step
-            if index < num_tiles:
-                tile = self._tile(tensors.work, source, heads, index)
+            in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
+            piece = self._piece(tensors, merger, tile, in_tile)
+            # A condition on what the piece was found with: without one it would be worked out behind the wait.
+            if in_tile < num_pieces:
+                cute.arch.griddepcontrol_wait()
+            while index < num_tiles:
+                while in_tile < num_pieces:
+                    partial, lse = _splits_of(tensors.partial, piece), _splits_of(tensors.lse_partial, piece)
+                    merge_row(merger, partial, lse, piece.num_splits, piece.row, piece.block, tensors)
+                    in_tile = in_tile + groups * pieces_per_cta(merger)
+                    piece = self._piece(tensors, merger, tile, in_tile)
+                index = index + step
+                if index < num_tiles:
+                    tile = self._tile(tensors.work, source, heads, index)
+                    in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
+                    piece = self._piece(tensors, merger, tile, in_tile)
+        elif index == 0 and group == 0:
+            # What follows takes the end of this launch for that of the forward: some CTA has to wait for it.
+            cute.arch.griddepcontrol_wait()
 
     @cute.jit
     def _tile(self, work: PlannedWork, source: SeqlenSource, heads: Int32, index: Int32) -> SplitTile:
@@ -197,45 +221,47 @@ class CombinePlanned:
         return SplitTile(batch, local % m_blocks, local // m_blocks, splits, first_slot, source.of(batch))
 
     @cute.jit
-    def _merge_tile(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile):
+    def _piece(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile, index: Int32) -> Piece:
+        """The index-th of a tile."""
         spec = self.spec
-        group, tokens = spec.qheads_per_tile, cute.size(tensors.partial, mode=[1]) // spec.rows_per_token
-        seqlens = tile.seqlens
-        first_token = tile.m_block * tokens
-        rows = cutlass.min(tokens, seqlens.rows_q - first_token) * group
-        partial, lse_partial = _splits_of(tensors.partial, tile), _splits_of(tensors.lse_partial, tile)
-        _, step, _ = cute.arch.grid_dim()
-        _, chunk, _ = cute.arch.block_idx()
-        index = first_piece(merger, chunk)
-        while index < rows * merger.blocks:
-            row_of_tile, block = index // merger.blocks, index % merger.blocks
-            token, in_group = first_token + row_of_tile // group, row_of_tile % group
-            place = row_of_tile // group * spec.rows_per_token + in_group
-            batch = Int32(0) if const_expr(tensors.cu_seqlens_q is not None) else tile.batch
-            row = Row(batch, seqlens.offset_q + token, tile.head * group + in_group, token < seqlens.len_q)
-            lse_of_row = lse_partial[None, place]
-            merge_row(merger, partial[None, place, None], lse_of_row, tile.num_splits, row, block, tensors)
-            index = index + step * pieces_per_cta(merger)
+        group, seqlens = spec.qheads_per_tile, tile.seqlens
+        row_of_tile, block = index // merger.blocks, index % merger.blocks
+        token_of_tile, in_group = row_of_tile // group, row_of_tile % group
+        token = tile.m_block * self._tokens(tensors) + token_of_tile
+        batch = Int32(0) if const_expr(tensors.cu_seqlens_q is not None) else tile.batch
+        row = Row(batch, seqlens.offset_q + token, tile.head * group + in_group, token < seqlens.len_q)
+        place = token_of_tile * spec.rows_per_token + in_group
+        return Piece(row, block, tile.num_splits if row.is_query else Int32(0), tile.first_slot, place)
+
+    def _tokens(self, tensors: PlannedCombineTensors) -> int:
+        """Of a query tile."""
+        return cute.size(tensors.partial, mode=[1]) // self.spec.rows_per_token
+
+    def _num_pieces(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile) -> Int32:
+        tokens = self._tokens(tensors)
+        rows = cutlass.min(tokens, tile.seqlens.rows_q - tile.m_block * tokens) * self.spec.qheads_per_tile
+        return rows * merger.blocks
 
 
-def _splits_of(partial: cute.Tensor, tile: SplitTile) -> cute.Tensor:
-    """Partial results of a tile, (splits, *rest) of (slots, *rest). Offsets within a tile have 32 bits."""
-    first = cute.domain_offset((tile.first_slot, *[0] * (cute.rank(partial) - 1)), partial)
+def _splits_of(partial: cute.Tensor, piece: Piece) -> cute.Tensor:
+    """Partial results of a row, (splits, *rest) of (slots, rows of a work tile, *rest). Offsets within a tile have 32
+    bits."""
+    first = cute.domain_offset((piece.first_slot, piece.place, *[0] * (cute.rank(partial) - 2)), partial)
     rest = tuple(cute.size(partial, mode=[i]) for i in range(1, cute.rank(partial)))
-    strides = tuple(math.prod(rest[i:]) for i in range(len(rest) + 1))
-    return cute.make_tensor(first.iterator, cute.make_layout((MAX_SPLITS, *rest), stride=strides))
+    strides = tuple(math.prod(rest[i:]) for i in range(len(rest) + 1) if i != 1)
+    return cute.make_tensor(first.iterator, cute.make_layout((MAX_SPLITS, *rest[1:]), stride=strides))
 
 
 def row_merger(head_dim_v: int, warps_per_row: int) -> RowMerger:
     """The calling warp's part, with its shared memory."""
     smem = SmemAllocator()
-    weights = smem.allocate_tensor(Float32, cute.make_layout((MAX_SPLITS, WARPS)), byte_alignment=16)
+    weights = smem.allocate_tensor(Float32, cute.make_layout((WEIGHTS_PITCH, CHAINS, WARPS)), byte_alignment=16)
     exchange = None
     if warps_per_row > 1:
         columns = WARP * MERGE_LANE_COLUMNS[warps_per_row]
         exchange = smem.allocate_tensor(Float32, cute.make_layout((columns, warps_per_row)), byte_alignment=16)
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    return RowMerger(weights[None, warp], exchange, warp % warps_per_row, warps_per_row, head_dim_v)
+    return RowMerger(weights[None, None, warp], exchange, warp % warps_per_row, warps_per_row, head_dim_v)
 
 
 def pieces_per_cta(merger: RowMerger) -> int:
@@ -259,15 +285,12 @@ def merge_row(
 ):
     """Merges a block of columns of one row and writes it to tensors.out; with the first block comes tensors.lse.
 
-    partial: (splits, Dv); lse_partial: (splits,).
+    partial: (splits, Dv); lse_partial: (splits,); num_splits: 0 for padding.
     """
     sink = None
     if const_expr(tensors.sink is not None):
         sink = tensors.sink[row.head].to(Float32)
-    splits = num_splits if row.is_query else Int32(0)
-    loaded = merger.bring(partial, splits, block)
-    weights = merger.weigh(lse_partial, splits, sink)
-    sums = merger.accumulate(partial, splits, block, loaded)
+    sums, weights = merger.merge(partial, lse_partial, num_splits, block, sink)
     if merger.warp == 0:
         lse = weights.lse if row.is_query else -Float32.inf
         if const_expr(cute.rank(tensors.out) == 3):

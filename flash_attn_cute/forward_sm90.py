@@ -64,6 +64,10 @@ GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
 # Numbers of masks and biases that a staging lane reads at once, and that it holds from tile to tile, by consumers: it
 # has 96, 40 or 32 registers.
 STAGED_AT_ONCE, STAGED_AHEAD = {1: 8, 2: 4, 3: 2}, {1: 32, 2: 0, 3: 0}
+# KV tiles of a CTA's first work tile that are on their way before the merge may start. Both kernels begin with
+# instructions that come from memory, one after the other: beside those of a merge, a decode found its first tile 0.5 us
+# later (csrc_notes/scheduling.md).
+LOADED_BEFORE_MERGE = 2
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -263,9 +267,6 @@ class ForwardSm90:
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        if const_expr(spec.splits):
-            # The combine kernel's CTAs may take the place of ours as they leave.
-            cute.arch.griddepcontrol_launch_dependents()
 
         window = window_of(spec, scalars)
         registers = spec.tile.registers(spec.gathers or spec.key_side is not None)
@@ -368,6 +369,9 @@ class ForwardSm90:
                     k_position = k_position.next()
                     values.load(v_position, previous)
                     v_position = v_position.next()
+                    if i == LOADED_BEFORE_MERGE:
+                        self._let_merge_start()
+                self._let_merge_start()
                 tile_position = tile_position.next()
                 if const_expr(self.finds_early):
                     is_long = self._is_long(kv)
@@ -385,6 +389,12 @@ class ForwardSm90:
                     values.load(v_position, tile)
                     work, seqlens = rings.tiles.receive(tile_position)
                 v_position = v_position.next()
+
+    def _let_merge_start(self):
+        """The merge's CTAs may take their place beside ours, and that of ours as they leave. A warp says it for its
+        CTA, and as often as it likes."""
+        if self.spec.splits:
+            cute.arch.griddepcontrol_launch_dependents()
 
     def _find_keys(
         self,

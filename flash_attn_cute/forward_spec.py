@@ -188,7 +188,7 @@ def tile_order(
     heads = num_tile_heads(spec, tensors)
     longest_first = spec.causal or spec.window_right
     if const_expr(tensors.work is not None):
-        return PlannedOrder.create(source, tensors.work, heads, longest_first)
+        return PlannedOrder.create(source, tensors.work, heads, longest_first, spec.tile.scheduler_keeps_sequences)
     return TileOrder(
         source,
         heads,

@@ -360,11 +360,11 @@ class SplitSizes(NamedTuple):
         warps_per_row = 1 if most_splits <= SPLITS_FOR_ONE_WARP else 4
         # A split query tile has two slots at least.
         num_sms = _num_sms(device.index)
-        grid_x = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
+        tiles = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
         # Of few tiles, the rows go to as many CTAs as there is room for; a CTA without a row would be waited for.
         groups = _ctas(tile_rows if rows_in_use is None else rows_in_use, head_dim_v, warps_per_row)
-        grid_y = max(min(groups, PLANNED_CTAS_PER_SM * num_sms // grid_x), 1)
-        return cls(slots, tile_rows, head_dim_v, warps_per_row, (grid_x, grid_y))
+        groups = max(min(groups, PLANNED_CTAS_PER_SM * num_sms // tiles), 1)
+        return cls(slots, tile_rows, head_dim_v, warps_per_row, (groups, tiles))
 
     def workspace(self, metadata: SchedulerMetadata) -> Workspace:
         """As large as any plan of the shape can ask for: that of the plan, or a new one."""

@@ -171,13 +171,41 @@ class PlannedWork(NamedTuple):
     summary: cute.Tensor
 
 
+class FirstSequences(NamedTuple):
+    """What lane i of the scheduling warp keeps of a planned batch.
+
+    All of it is on its way at once, where a search, the entry that it leads to and the lengths of that would wait for
+    one another: the first tile of a decode is found with one trip to memory instead of three.
+    """
+
+    first: Int32  # work tiles of a head before the i-th sequence of the plan, and before the next one
+    end: Int32
+    batch: Int32  # the rest of the i-th entry
+    m_blocks: Int32
+    splits: Int32
+    section: Int32
+    seqlens: Seqlens  # of sequence i of the batch
+
+    @staticmethod
+    @cute.jit
+    def of_lane(work: PlannedWork, source: SeqlenSource):
+        lane, count = cute.arch.lane_idx(), cute.size(work.entries, mode=[0])
+        sums = work.cu_total_splits_m_blocks
+        entry = cute.make_rmem_tensor(4, Int32)
+        cute.autovec_copy(work.entries[cutlass.min(lane, count - 1), None], entry)
+        first, end = sums[cutlass.min(lane, count)], sums[cutlass.min(lane + 1, count)]
+        seqlens = source.of(cutlass.max(cutlass.min(lane, source.batch_size - 1), 0))
+        return FirstSequences(first, end, *(entry[i] for i in range(4)), seqlens)
+
+
 @dataclass(frozen=True)
 class PlannedOrder:
     """How tile numbers map to tiles of a planned batch: every number is a tile, or a split of one.
 
     Sequences are in the order of the plan. Those of the front (split or long ones) come first; behind it tiles that are
     bound by memory are spread evenly among those bound by arithmetic, by the fixed-point ratio of their counts, so that
-    both resources are busy at once. A sequence is found by a search through the running sum of work tiles.
+    both resources are busy at once. A sequence is found by a search through the running sum of work tiles, or, where
+    the warp has registers to keep the first ones, among those.
     """
 
     seqlens: SeqlenSource
@@ -188,18 +216,20 @@ class PlannedOrder:
     memory_tiles: Int32
     memory_ratio: Int32
     probe: Int32  # of the search: loaded beside the summary, it takes no trip to memory of its own
+    kept: FirstSequences | None
     longest_first: bool
 
     @staticmethod
     @cute.jit
-    def create(seqlens: SeqlenSource, work: PlannedWork, num_heads: Int32, longest_first: bool):
+    def create(seqlens: SeqlenSource, work: PlannedWork, num_heads: Int32, longest_first: bool, keeps_first: bool):
         """Reads the plan's summary."""
         entries = cute.size(work.entries, mode=[0])
         num_tiles = work.cu_total_splits_m_blocks[entries] * num_heads
         _, front, memory, ratio = (work.summary[i] for i in range(4))
         probe = first_probe(work.cu_total_splits_m_blocks, entries)
+        kept = FirstSequences.of_lane(work, seqlens) if const_expr(keeps_first) else None
         front, memory = front * num_heads, memory * num_heads
-        return PlannedOrder(seqlens, work, num_heads, num_tiles, front, memory, ratio, probe, longest_first)
+        return PlannedOrder(seqlens, work, num_heads, num_tiles, front, memory, ratio, probe, kept, longest_first)
 
     @cute.jit
     def decode(self, number: Int32, found: Found):
@@ -220,6 +250,33 @@ class PlannedOrder:
 
     @cute.jit
     def _find_sequence(self, place: Int32) -> Found:
+        if const_expr(self.kept is None):
+            return self._search(place)
+        kept = self.kept
+        first, end = kept.first * self.num_heads, kept.end * self.num_heads
+        own = cute.arch.vote_ballot_sync(first <= place and place < end)
+        found = Found.nothing()
+        if own != 0:
+            lane = 31 - Int32(cute.arch.clz(own))
+            words = (first, end, kept.batch, kept.m_blocks, kept.splits, kept.section)
+            first, end, batch, *rest = (cute.arch.shuffle_sync(word, lane) for word in words)
+            found = Found(first, end, batch, *rest, self._lengths(batch))
+        else:
+            found = self._search(place)
+        return found
+
+    @cute.jit
+    def _lengths(self, batch: Int32) -> Seqlens:
+        """As `seqlens.of`, of a sequence that is among the first."""
+        lengths = Seqlens.none()
+        if batch >= 0 and batch < cutlass.min(self.seqlens.batch_size, WARP):
+            lengths = Seqlens(*(cute.arch.shuffle_sync(word, batch) for word in self.kept.seqlens))
+        else:
+            lengths = self.seqlens.of(batch)
+        return lengths
+
+    @cute.jit
+    def _search(self, place: Int32) -> Found:
         sums, entries = self.work.cu_total_splits_m_blocks, self.work.entries
         index = last_at_most(sums, cute.size(entries, mode=[0]), place // self.num_heads, self.probe)
         entry = cute.make_rmem_tensor(4, Int32)

@@ -40,6 +40,11 @@ class Sm90Tile(NamedTuple):
         return self.tile_m
 
     @property
+    def scheduler_keeps_sequences(self) -> bool:
+        """Whether the scheduling warp has registers to spare: 96 beside one consumer, otherwise 40 at most."""
+        return self.consumers == 1
+
+    @property
     def launch_bound(self) -> int:
         """Threads that a launch is compiled for, which decides the registers that each is launched with.
 
@@ -125,6 +130,10 @@ class Sm100Tile(NamedTuple):
     polynomial_pairs: int  # of 16 pairs of columns, those whose exponentials are polynomials
     head_dim: int  # padded: what the tiles hold
     head_dim_v: int
+
+    @property
+    def scheduler_keeps_sequences(self) -> bool:
+        return False
 
     @property
     def query_rows(self) -> int:

@@ -21,9 +21,11 @@ from flash_attn_cute.tuning import MERGE_LANE_COLUMNS, merge_blocks
 
 WARP = 32
 CHAINS = 4
-# Bytes of a block of splits that a lane loads at once. Two blocks are in flight: with fewer, many splits take that many
-# more memory latencies one after another.
-BLOCK_BYTES = 128
+# Bytes of a wave of splits that a lane loads at once: 128 splits, where four warps share a row. With fewer, many splits
+# take that many more memory latencies one after another. A wave comes in halves, of which few splits skip the second.
+WAVE_BYTES = 256
+# Numbers between the weights of two chains: a warp writes those of all chains, and does so in 32 banks.
+WEIGHTS_PITCH = MAX_SPLITS // CHAINS + 32 // CHAINS
 
 
 class RowWeights(NamedTuple):
@@ -40,7 +42,7 @@ class RowMerger:
     A warp has a whole row, or `warps` of a CTA share a block of its columns, each taking some of its chains.
     """
 
-    weights: cute.Tensor  # (MAX_SPLITS,) float32 in shared memory, of this warp alone
+    weights: cute.Tensor  # (WEIGHTS_PITCH, CHAINS) float32 in shared memory, of this warp alone
     exchange: cute.Tensor | None  # (columns of a block, warps) float32 in shared memory, where several warps share one
     warp: Int32  # within those that share the block
     warps: int  # 1 or CHAINS
@@ -78,24 +80,30 @@ class RowMerger:
     @property
     def loads(self) -> int:
         """Splits that this warp loads at once."""
-        return max(BLOCK_BYTES // (4 * self.width), self.chains)
+        return WAVE_BYTES // (4 * self.width)
 
     @property
-    def block_splits(self) -> int:
+    def wave_splits(self) -> int:
         """Splits that all warps of a row load at once."""
         return self.loads * self.warps
 
     @cute.jit
-    def weigh(self, lse: cute.Tensor, num_splits: Int32, sink: Float32 | None) -> RowWeights:
-        """Fills `weights` with exp(lse - largest) for splits [0, num_splits), and 0 behind them. lse: (splits,)."""
-        lane = cute.arch.lane_idx()
-        values = []
-        largest = -Float32.inf
+    def _load_lse(self, lse: cute.Tensor, num_splits: Int32) -> list:
+        """Starts to load what `_weigh` needs. lse: (splits,)."""
+        lane, values = cute.arch.lane_idx(), []
         for i in cutlass.range_constexpr(self.most_splits // WARP):
             value = -Float32.inf
             if i * WARP + lane < num_splits:
                 value = lse[i * WARP + lane]
             values.append(value)
+        return values
+
+    @cute.jit
+    def _weigh(self, values: list, sink: Float32 | None) -> RowWeights:
+        """Fills `weights` with exp(lse - largest), 0 behind the last split. values: of `_load_lse`."""
+        lane = cute.arch.lane_idx()
+        largest = values[0]
+        for value in values[1:]:
             largest = cute.arch.fmax(largest, value)
         for i in cutlass.range_constexpr(5):
             largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << i))
@@ -104,9 +112,9 @@ class RowMerger:
         total = Float32(0.0)
         # Lanes of this warp may still be reading the weights of the row before.
         cute.arch.sync_warp()
-        for i in cutlass.range_constexpr(self.most_splits // WARP):
+        for i in cutlass.range_constexpr(len(values)):
             weight = exp2((values[i] - largest) * LOG2_E)
-            self.weights[i * WARP + lane] = weight
+            self.weights[(i * WARP + lane) // CHAINS, lane % CHAINS] = weight
             total = total + weight
         cute.arch.sync_warp()
         for i in cutlass.range_constexpr(5):
@@ -120,39 +128,43 @@ class RowMerger:
         return RowWeights(factor, lse_of_row)
 
     @cute.jit
-    def bring(self, partial: cute.Tensor, num_splits: Int32, block: Int32) -> cute.Tensor:
-        """Starts to load what `accumulate` sums first: before `weigh`, so that both take one trip to memory."""
-        loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
-        loaded.fill(0.0)
-        if num_splits > 0:
-            self._load_splits(partial, Int32(0), num_splits, block, loaded)
-        return loaded
+    def merge(
+        self, partial: cute.Tensor, lse: cute.Tensor, num_splits: Int32, block: Int32, sink: Float32 | None
+    ) -> tuple:
+        """(Sum of weight x partial over all splits, of this lane's columns; RowWeights), in warp 0 of those that share
+        the columns.
 
-    @cute.jit
-    def accumulate(self, partial: cute.Tensor, num_splits: Int32, block: Int32, loaded: cute.Tensor) -> cute.Tensor:
-        """Sum of weight x partial over all splits, of this lane's columns, in warp 0 of those that share them.
-
-        partial: (splits, head_dim_v) float32; block: of columns. The lane has vector 32 * (block + i) + lane of the row
-        as its i-th. A split of weight 0 may hold anything: it is not counted.
+        partial: (splits, head_dim_v), lse: (splits,) float32; block: of columns. The lane has vector
+        32 * (block + i) + lane of the row as its i-th. A split of weight 0 may hold anything: it is not counted.
         """
         sums = [cute.make_rmem_tensor(self.width, Float32) for _ in range(self.chains)]
         for chain in sums:
             chain.fill(0.0)
-        # A block of splits is loaded before the one before it is summed. ptxas keeps two loads in flight otherwise,
-        # whatever their order in the source; across the back edge of a loop it has to let all of them fly.
-        following = cute.make_rmem_tensor((self.width, self.loads), Float32)
-        last = (num_splits - 1) // self.block_splits if num_splits > 0 else Int32(0)
-        for i in cutlass.range(last, unroll=1):
-            self._load_splits(partial, i + 1, num_splits, block, following)
-            self._add_splits(sums, i, loaded)
-            loaded.store(following.load())
-        self._add_splits(sums, last, loaded)
+        # Behind the last split it holds anything, and has weight 0.
+        loaded = cute.make_rmem_tensor((self.width, self.loads), Float32)
+        first_chain = self.warp * self.chains
+        weights = RowWeights(Float32(0.0), -Float32.inf)
+        # All that the first wave needs is on its way before anything waits for it.
+        values = self._load_lse(lse, num_splits)
+        waves = cutlass.max((num_splits + self.wave_splits - 1) // self.wave_splits, 1)
+        for wave in cutlass.range(waves, unroll=1):
+            first = wave * self.wave_splits
+            left = num_splits - first - first_chain
+            columns = self._columns(partial, first + first_chain, block)
+            for half in cutlass.range_constexpr(2):
+                if left > self._split(half * self.loads // 2):
+                    self._load_splits(columns, left, half, loaded)
+            if wave == 0:
+                weights = self._weigh(values, sink)
+            for half in cutlass.range_constexpr(2):
+                if left > self._split(half * self.loads // 2):
+                    self._add_splits(sums, wave, half, loaded)
         if const_expr(self.warps == 1):
             for i in cutlass.range_constexpr(self.width):
                 sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])
         else:
             self._add_warps(sums[0])
-        return sums[0]
+        return sums[0], weights
 
     @cute.jit
     def for_piece(self, i: int, block: Int32, use: cutlass.Constexpr):
@@ -164,27 +176,46 @@ class RowMerger:
             if column < self.head_dim_v // self.vector:
                 use(column)
 
-    def _splits_at_once(self, number: Int32):
-        """(index of the load, chain of this warp, split) of what the number-th block of splits has for this warp."""
-        for i in range(self.loads):
+    def _split(self, i: int) -> int:
+        """The split that the i-th load of a wave is of, counted from the first of this warp."""
+        return i // self.chains * CHAINS + i % self.chains
+
+    def _half(self, half: int) -> range:
+        """Its loads."""
+        return range(half * self.loads // 2, (half + 1) * self.loads // 2)
+
+    def _columns(self, partial: cute.Tensor, first: Int32, block: Int32) -> list:
+        """(vector, splits) of this lane, from split `first` on, for each piece: addresses that differ by constants."""
+        columns = []
+        for piece in range(self.pieces):
+            # Past the last column, that is read again.
+            last = self.head_dim_v // self.vector - 1
+            column = cutlass.min((block + piece) * WARP + cute.arch.lane_idx(), last) * self.vector
+            start = cute.domain_offset((first, column), partial)
+            layout = cute.make_layout((self.vector, MAX_SPLITS), stride=(1, start.stride[0]))
+            columns.append(cute.make_tensor(start.iterator.align(4 * self.vector), layout))
+        return columns
+
+    @cute.jit
+    def _load_splits(self, columns: list, left: Int32, half: int, loaded: cute.Tensor):
+        """Half of a wave. left: splits from the first of this warp on; what is behind stays as it is in `loaded`."""
+        for i in self._half(half):
+            if left > self._split(i):
+                for piece in cutlass.range_constexpr(self.pieces):
+                    to = cute.local_tile(loaded[None, i], (self.vector,), (piece,))
+                    cute.autovec_copy(columns[piece][None, self._split(i)], to)
+
+    @cute.jit
+    def _add_splits(self, sums: list, wave: Int32, half: int, loaded: cute.Tensor):
+        # Weights of a chain lie side by side.
+        per_chain = self.loads // self.chains // 2
+        weights = cute.make_rmem_tensor((per_chain, self.chains), Float32)
+        for chain in cutlass.range_constexpr(self.chains):
+            of_chain = self.weights[None, self.warp * self.chains + chain]
+            cute.autovec_copy(cute.local_tile(of_chain, (per_chain,), (2 * wave + half,)), weights[None, chain])
+        for i in self._half(half):
             chain = i % self.chains
-            yield i, chain, number * self.block_splits + i // self.chains * CHAINS + self.warp * self.chains + chain
-
-    @cute.jit
-    def _load_splits(self, partial: cute.Tensor, number: Int32, num_splits: Int32, block: Int32, loaded: cute.Tensor):
-        vectors = cute.logical_divide(partial, (None, cute.make_layout(self.vector)))
-        for i, _, split in self._splits_at_once(number):
-            for piece in cutlass.range_constexpr(self.pieces):
-                # Behind the last split, and past the last column, those are read again.
-                last = self.head_dim_v // self.vector - 1
-                column = cutlass.min((block + piece) * WARP + cute.arch.lane_idx(), last)
-                source = vectors[cutlass.min(split, num_splits - 1), (None, column)]
-                cute.autovec_copy(source, cute.local_tile(loaded[None, i], (self.vector,), (piece,)))
-
-    @cute.jit
-    def _add_splits(self, sums: list, number: Int32, loaded: cute.Tensor):
-        for i, chain, split in self._splits_at_once(number):
-            weight = self.weights[split]
+            weight = weights[i // self.chains - half * per_chain, chain]
             for j in cutlass.range_constexpr(self.width):
                 value = 0.0 if weight == 0.0 else loaded[j, i]
                 sums[chain][j] = fma(weight, value, sums[chain][j])

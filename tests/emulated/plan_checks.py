@@ -1,5 +1,6 @@
 """The planning kernel, and the numbering of work, against plan.py; test_plan_sm*.py run this on their architecture."""
 
+import itertools
 import os
 import random
 
@@ -176,9 +177,10 @@ def test_no_bit_of_a_plan_depends_on_the_order_of_events(emulation):
     emulation.reschedule("in-order")
 
 
+@pytest.mark.parametrize("keeps_first", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_every_work_tile_is_handed_out_once(emulation, dynamic):
-    """In the order of the specification, and the semaphore is left as it was found."""
+def test_every_work_tile_is_handed_out_once(emulation, dynamic, keeps_first):
+    """In the order of the specification, with the rows of its sequence, and the semaphore is left as it was found."""
     from tests.emulated.work_recorder import record
 
     generator = random.Random(3)
@@ -190,6 +192,9 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
     }
     for sequences in kinds.values():
         lengths, extents = packed(*zip(*sequences, strict=True), before=40, behind=70)
+        bounds = [0, *lengths.cu_seqlens_q.tolist(), extents.rows_q]
+        # (first row, rows) of each sequence, and of the padding at both ends.
+        rows_of = {i - 1: (first, end - first) for i, (first, end) in enumerate(itertools.pairwise(bounds))}
         for p in (parameters(), parameters(max_splits=1, heads=3), parameters(tiles_per_split=9)):
             metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
             expected = work_tiles(specification(lengths, extents, p), p.heads, longest_first=True)
@@ -204,9 +209,11 @@ def test_every_work_tile_is_handed_out_once(emulation, dynamic):
                     short_from=short_from,
                     dynamic=dynamic,
                     longest_first=True,
+                    keeps_first=keeps_first,
                 )
                 count = len(expected)
                 assert seen[:count, :6].tolist() == [list(tile) for tile in expected]
+                assert seen[:count, 6:8].tolist() == [list(rows_of[tile.batch]) for tile in expected]
                 assert (taken[:count] == 1).all() and not taken[count:].any()
                 assert metadata.tile_count_semaphore.tolist() == [0, 0]
     emulation.reschedule("in-order")

@@ -32,8 +32,9 @@ class RecorderScalars(NamedTuple):
 
 
 class Recorder:
-    def __init__(self, dynamic: bool, longest_first: bool, tokens_per_tile: int = 0):
+    def __init__(self, dynamic: bool, longest_first: bool, tokens_per_tile: int = 0, keeps_first: bool = False):
         self.dynamic, self.longest_first, self.tokens_per_tile = dynamic, longest_first, tokens_per_tile
+        self.keeps_first = keeps_first
 
     @cute.jit
     def __call__(self, tensors: RecorderTensors, scalars: RecorderScalars, stream: cuda.CUstream):
@@ -43,7 +44,7 @@ class Recorder:
         lengths = SeqlenTensors(tensors.cu_seqlens_q, None, None, None)
         source = SeqlenSource(lengths, cute.size(tensors.cu_seqlens_q) - 1, scalars.total_q, Int32(0))
         if tensors.work is not None:
-            return PlannedOrder.create(source, tensors.work, scalars.heads, self.longest_first)
+            return PlannedOrder.create(source, tensors.work, scalars.heads, self.longest_first, self.keeps_first)
         sections = Int32(2), Int32(7)
         return TileOrder(source, scalars.heads, scalars.num_tiles, *sections, self.tokens_per_tile, self.longest_first)
 
