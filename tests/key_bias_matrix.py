@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention_cases import assert_close_to_reference, attention, build_tensors, cu_seqlens, in_pages, problem_of
-from tests.emulated import query_bias_forward
+from tests.emulated import key_bias_forward, query_bias_forward
 from tests.emulated.key_bias_forward import CASES
 from tests.emulated.query_bias_forward import with_query_side
 
@@ -39,6 +39,11 @@ def test_what_says_nothing_changes_no_bit(heads):
     zeros = torch.zeros(rows, heads, dtype=torch.bfloat16, device=DEVICE)
     for given in ({"key_mask": keeps}, {"key_bias": zeros}, {"key_mask": keeps, "key_bias": zeros}):
         assert_same(attention(tensors._replace(**given), causal=True), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_how_heads_lie_changes_no_bit(dtype):
+    key_bias_forward.check_layouts_of_heads(dtype)
 
 
 def test_splits_and_schedulers_with_a_bias():

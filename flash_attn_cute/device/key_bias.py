@@ -7,6 +7,7 @@ staged number is bias / scale: 0 then adds nothing, and a bias of zeros, or a ma
 it lies behind the last key of the sequence.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,8 +107,8 @@ class Found(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a mask and a bias say of the keys of a KV tile, on its way: a number for each step of a lane; none where
-    there is no mask or no bias, or where they are not read ahead."""
+    """What a mask and a bias say of the keys of a KV tile, on its way: for each group of a warp, of the lane's own key
+    what `_hold` makes of its numbers; nothing where they are not read ahead."""
 
     found: Found
     keeps: tuple = ()  # uint8
@@ -118,8 +119,9 @@ class Given(NamedTuple):
 class KeyBiasStager:
     """Fills a ring of staged KV tiles. `warps` warps share the keys of a tile; each arrives once on a full barrier.
 
-    A warp has groups of 32 keys. Its lanes have a key each or, where several vectors are staged, a key and vector each,
-    so that the heads of a key, which lie side by side, are read together.
+    A warp has groups of 32 keys, and its lanes a key each, of which they hold the numbers of all heads. A lane without
+    registers for those has a key and vector at a time, so that the heads of a key, which lie side by side, are read
+    together all the same.
 
     A KV tile takes two trips to memory, to the page table and to the mask and bias, and one more to find out which tile
     it is where the kernel skips. A tile of a decode takes 1.8 microseconds, and a trip about one. So each trip begins a
@@ -165,22 +167,16 @@ class KeyBiasStager:
     @property
     def holds(self) -> bool:
         """Whether a lane holds the numbers of a KV tile from `read` to `stage`."""
-        return self.groups * self.rounds * sum(x is not None for x in self.source[:2]) <= self.ahead
+        return self.groups * self.vectors * sum(x is not None for x in self.source[:2]) <= self.ahead
 
     def _step(self, group: int, round: Int32 | int) -> Step:
+        """Of a lane that has a key and vector at a time."""
         lane, lanes_a_key = cute.arch.lane_idx(), self.lanes_a_key
-        if self.vectors == 1:
-            return Step(group, lane, Int32(0))
         return Step(
             group,
             round // self.rounds_a_key * (WARP // lanes_a_key) + lane // lanes_a_key,
             round % self.rounds_a_key * lanes_a_key + lane % lanes_a_key,
         )
-
-    @property
-    def _steps(self) -> list:
-        """All of a KV tile."""
-        return [self._step(group, i) for group in range(self.groups) for i in range(self.rounds)]
 
     def _group_key(self, group: int) -> Int32:
         """The first key of a group in the KV tile."""
@@ -222,11 +218,15 @@ class KeyBiasStager:
             if const_expr(not self.holds):
                 given = self._read_all(given.found, place)
             self.ring.wait_empty(position)
-            steps = self._steps
-            for i in cutlass.range_constexpr(len(steps)):
-                keep = given.keeps[i] if const_expr(self.source.mask is not None) else None
-                bias = given.biases[i] if const_expr(self.source.bias is not None) else None
-                hides = hides | self._put(to, steps[i], keep, bias, kv_tile, place)
+            for group in cutlass.range_constexpr(self.groups):
+                held = [
+                    None if x is None else self._numbers_held(words[group], x, kind)
+                    for words, (x, kind) in zip(given[1:], self._operands, strict=True)
+                ]
+                for vector in cutlass.range_constexpr(self.vectors):
+                    keep, bias = (None if of_key is None else of_key[vector % len(of_key)] for of_key in held)
+                    step = Step(group, cute.arch.lane_idx(), vector)
+                    hides = hides | self._put(to, step, keep, bias, kv_tile, place)
         else:
             self.ring.wait_empty(position)
             for group in cutlass.range_constexpr(self.groups):
@@ -238,16 +238,62 @@ class KeyBiasStager:
         self.ring.fill(position)
 
     def _read_all(self, found: Found, place: Place) -> Given:
-        lane, steps = cute.arch.lane_idx(), self._steps
-        coordinates = [self._coordinates(found, group, lane, place) for group in range(self.groups)]
-        if self.vectors == 1:
-            numbers = [self._numbers(coordinates[step.group], step, place) for step in steps]
+        held = ([], [])
+        for group in range(self.groups):
+            coordinates = self._coordinates(found, group, cute.arch.lane_idx(), place)
+            for of_groups, (x, kind) in zip(held, self._operands, strict=True):
+                if x is not None:
+                    of_groups.append(self._hold(self._read_key(x, kind, coordinates, place)))
+        return Given(found, *map(tuple, held))
+
+    def _count(self, kind: str) -> int:
+        """Numbers of a key that differ among the heads of a tile."""
+        return self.vectors if kind == QUERY_HEADS else 1
+
+    @cute.jit
+    def _read_key(self, x: cute.Tensor, kind: cutlass.Constexpr, coordinates, place: Place) -> cute.Tensor:
+        """The numbers of a key: all heads with as few loads as their alignment allows."""
+        count = self._count(kind)
+        numbers = cute.make_rmem_tensor(count, x.element_type)
+        first = cute.domain_offset((*coordinates, place.head(kind, 0)), x).iterator
+        if const_expr(count == 1):
+            numbers[0] = cute.make_tensor(first, cute.make_layout(1))[0]
         else:
-            # One lane works out where a key is, for all that read a vector of it.
-            first = [[_first_element(x, of_group) for x, _ in self._operands] for of_group in coordinates]
-            numbers = [self._numbers_behind(first[step.group], step, place) for step in steps]
-        keeps, biases = (tuple(x for x in column if x is not None) for column in zip(*numbers, strict=True))
-        return Given(found, keeps, biases)
+            size = x.element_type.width // 8
+            alignment = math.gcd(16, count * size)
+            # The first head of a tile is a multiple of `count`.
+            units = [x.iterator.toint(), *(Int64(stride) * size for stride in x.stride[:-1])]
+            is_wide = x.stride[-1] == 1
+            for unit in units:
+                is_wide = is_wide and unit % alignment == 0
+            if is_wide:
+                aligned = cute.make_tensor(first.align(alignment), cute.make_layout(count))
+                cute.autovec_copy(aligned, numbers)
+            else:
+                for i in cutlass.range_constexpr(count):
+                    numbers[i] = cute.make_tensor(first + i * Int64(x.stride[-1]), cute.make_layout(1))[0]
+        return numbers
+
+    def _hold(self, numbers: cute.Tensor) -> tuple:
+        """In as few registers as they take."""
+        words = numbers
+        if cute.size(numbers) * numbers.element_type.width % 32 == 0:
+            words = cute.recast_tensor(numbers, Int32)
+        return tuple(words[i] for i in range(cute.size(words)))
+
+    def _numbers_held(self, words: tuple, x: cute.Tensor, kind: str) -> list:
+        """What `_hold` was given."""
+        count = self._count(kind)
+        if len(words) == count and x.element_type.width != 32:
+            return list(words)
+        if x.element_type.width == 8:
+            # Recast to bytes, a register tensor gives its first one for all of a word (DSL 4.8.1).
+            return [(words[i // 4] >> 8 * (i % 4)) & 0xFF for i in range(count)]
+        held = cute.make_rmem_tensor(len(words), Int32)
+        for i, word in enumerate(words):
+            held[i] = word
+        numbers = cute.recast_tensor(held, x.element_type)
+        return [numbers[i] for i in range(count)]
 
     @cute.jit
     def _stage_group(self, to: cute.Tensor, group: cutlass.Constexpr, found: Found, place: Place):
@@ -296,16 +342,6 @@ class KeyBiasStager:
         """[keep, bias] of a step, as loaded; None where there is none."""
         vector = self._vector_to_read(step)
         return [None if x is None else x[(*coordinates, place.head(kind, vector))] for x, kind in self._operands]
-
-    def _numbers_behind(self, first: list, step: Step, place: Place) -> list:
-        """The same. first: where the numbers of the lane's key of the group begin in a mask and in a bias."""
-        vector, numbers = self._vector_to_read(step), []
-        for (x, kind), offset in zip(self._operands, first, strict=True):
-            if x is not None:
-                element = cute.arch.shuffle_sync(offset, step.key) + place.head(kind, vector) * Int64(x.stride[-1])
-                x = cute.make_tensor(x.iterator + element, cute.make_layout(1))[0]
-            numbers.append(x)
-        return numbers
 
     @cute.jit
     def _put(self, to: cute.Tensor, step: Step, keep, bias, kv_tile: Int32, place: Place) -> Int32:
@@ -408,11 +444,6 @@ def _hiding(staged: cute.Tensor) -> cute.Tensor:
     """Behind the first vector of a stage, an int32 a staging warp: other than 0 where it has hidden a key."""
     pad = cute.make_tensor(staged.iterator + cute.size(staged, mode=[0]), cute.make_layout(MOST_STAGING_WARPS))
     return cute.recast_tensor(pad, Int32)
-
-
-def _first_element(x: cute.Tensor | None, coordinates) -> Int64 | None:
-    """Where the numbers of a key begin."""
-    return None if x is None else Int64(cute.crd2idx((*coordinates, 0), x.layout))
 
 
 def _prefetch(x: cute.Tensor, coordinate):

@@ -77,6 +77,37 @@ def check_case(emulation, name):
     emulation.reschedule("in-order")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_how_heads_lie_changes_no_bit(emulation, dtype):
+    check_layouts_of_heads(dtype)
+
+
+def check_layouts_of_heads(dtype):
+    """Of a key, all heads of a tile are loaded at once where they are aligned, and one by one where they are not."""
+    lengths_k = [300, 129, 5]
+    build = PLAIN | {"heads": 8}
+    tensors = build_tensors([1, 2, 1], lengths_k, **build, key_bias_heads=8, key_bias_dtype=dtype, key_mask_heads=8)
+    options = {"causal": True, "max_seqlen_q": 2, "pack_gqa": True}
+    out, lse = attention(tensors, **options)
+    assert_close_to_reference(out, lse, tensors, problem_of(tensors, **options))
+
+    def apart(x, heads):
+        """The same numbers, each head several elements behind the one before."""
+        wide = torch.zeros(*x.shape, heads, dtype=x.dtype, device=CUDA)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    def shifted(x, by, pad):
+        """The same numbers, behind `by` others, in rows with padding."""
+        wide = torch.zeros(x.shape[0], x.shape[1] + pad, dtype=x.dtype, device=CUDA)
+        wide[:, by : by + x.shape[1]] = x
+        return wide[:, by : by + x.shape[1]]
+
+    for other in (lambda x: apart(x, 3), lambda x: shifted(x, 1, 8), lambda x: shifted(x, 0, 3)):
+        moved = tensors._replace(key_bias=other(tensors.key_bias), key_mask=other(tensors.key_mask))
+        assert_same(attention(moved, **options), (out, lse))
+
+
 def assert_same(got, expected):
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
