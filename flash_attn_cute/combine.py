@@ -112,6 +112,7 @@ class PlannedCombineSpec:
     warps_per_row: int
     qheads_per_tile: int  # query heads of a work tile: those of a KV head where they are packed, otherwise 1
     rows_per_token: int  # of a work tile; at least qheads_per_tile
+    waits_beside: bool  # whether CTAs find room on the SMs while the forward runs
 
 
 class PlannedCombineTensors(NamedTuple):
@@ -153,23 +154,30 @@ class Piece(NamedTuple):
 
 
 class CombinePlanned:
-    """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, stream)`.
+    """Compile with `cute.compile(CombinePlanned(spec), PlannedCombineTensors, grid_x, grid_y, beside, stream)`.
 
     CTA (x, y) has every grid_y-th split query tile from y on, and of the pieces of its rows every grid_x-th group from
     x on: CTAs start in the order of x, and most launches have few tiles, so that those with work are the first. Where
-    the plan split nothing, that is known after one load.
+    the plan split nothing, that is known after one load. beside: how many CTAs at most find room beside the forward's.
+
+    A CTA that waits there for the forward rehearses: it merges its first piece as if it had no splits, which loads and
+    writes nothing. The instructions, which come from memory, are there when the forward has ended.
     """
 
     def __init__(self, spec: PlannedCombineSpec):
         self.spec = spec
 
     @cute.jit
-    def __call__(self, tensors: PlannedCombineTensors, grid_x: Int32, grid_y: Int32, stream: cuda.CUstream):
+    def __call__(
+        self, tensors: PlannedCombineTensors, grid_x: Int32, grid_y: Int32, beside: Int32, stream: cuda.CUstream
+    ):
         # Programmatic dependent launch: CTAs start while the last of the forward finish.
-        self.kernel(tensors).launch(grid=[grid_x, grid_y, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
+        self.kernel(tensors, beside).launch(
+            grid=[grid_x, grid_y, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        )
 
     @cute.kernel
-    def kernel(self, tensors: PlannedCombineTensors):
+    def kernel(self, tensors: PlannedCombineTensors, beside: Int32):
         spec = self.spec
         out = tensors.out
         packed_q = const_expr(tensors.cu_seqlens_q is not None)
@@ -190,15 +198,23 @@ class CombinePlanned:
             tile = self._tile(tensors.work, source, heads, index)
             in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
             piece = self._piece(tensors, merger, tile, in_tile)
+            rehearses = Boolean(False)
+            if const_expr(spec.waits_beside):
+                rehearses = index * groups + group < beside
             # A condition on what the piece was found with: without one it would be worked out behind the wait.
-            if in_tile < num_pieces:
+            if in_tile < num_pieces and not rehearses:
                 cute.arch.griddepcontrol_wait()
             while index < num_tiles:
                 while in_tile < num_pieces:
                     partial, lse = _splits_of(tensors.partial, piece), _splits_of(tensors.lse_partial, piece)
-                    merge_row(merger, partial, lse, piece.num_splits, piece.row, piece.block, tensors)
-                    in_tile = in_tile + groups * pieces_per_cta(merger)
-                    piece = self._piece(tensors, merger, tile, in_tile)
+                    num_splits = Int32(0) if rehearses else piece.num_splits
+                    merge_row(merger, partial, lse, num_splits, piece.row, piece.block, tensors, rehearses)
+                    if rehearses:
+                        cute.arch.griddepcontrol_wait()
+                        rehearses = Boolean(False)
+                    else:
+                        in_tile = in_tile + groups * pieces_per_cta(merger)
+                        piece = self._piece(tensors, merger, tile, in_tile)
                 index = index + step
                 if index < num_tiles:
                     tile = self._tile(tensors.work, source, heads, index)
@@ -282,16 +298,17 @@ def merge_row(
     row: Row,
     block: Int32,
     tensors,
+    rehearses: Boolean | bool = False,
 ):
     """Merges a block of columns of one row and writes it to tensors.out; with the first block comes tensors.lse.
 
-    partial: (splits, Dv); lse_partial: (splits,); num_splits: 0 for padding.
+    partial: (splits, Dv); lse_partial: (splits,); num_splits: 0 for padding; rehearses: nothing is written.
     """
     sink = None
     if const_expr(tensors.sink is not None):
         sink = tensors.sink[row.head].to(Float32)
     sums, weights = merger.merge(partial, lse_partial, num_splits, block, sink)
-    if merger.warp == 0:
+    if merger.warp == 0 and not rehearses:
         lse = weights.lse if row.is_query else -Float32.inf
         if const_expr(cute.rank(tensors.out) == 3):
             merger.store(sums, weights.factor, tensors.out[row.row, row.head, None], block)

@@ -148,7 +148,7 @@ class ForwardSm90:
         # issue whenever they can keep the tensor cores busier.
         self.take_turns = tile.consumers > 1 and tile.head_dim <= 128
         # CTAs of the merge wait on the same SMs where there are registers for them (`Sm90Tile.launch_bound`).
-        merges_beside = spec.splits and tile.consumers == 1
+        merges_beside = spec.splits and tile.leaves_room_for_merge
         bias_vectors = 0 if spec.key_side is None else spec.bias_vectors
         self.launch_smem = tile.smem_beside_merge(bias_vectors) if merges_beside else None
         # Whether a work tile's first KV tiles are looked up before the last values of the one before are waited for.

@@ -395,7 +395,10 @@ def compile_kernel(key: KernelKey) -> Any:
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     kernel = (ForwardSm90 if key.architecture == "sm_90a" else ForwardSm100)(spec)
     if key.splits:
-        combine = PlannedCombineSpec(key.head_dim_v, key.combine_warps, spec.qheads_per_tile, spec.rows_per_token)
+        waits_beside = tile.leaves_room_for_merge
+        combine = PlannedCombineSpec(
+            key.head_dim_v, key.combine_warps, spec.qheads_per_tile, spec.rows_per_token, waits_beside
+        )
         kernel = ForwardAndCombine(kernel, CombinePlanned(combine))
     options = f"--enable-tvm-ffi --gpu-arch {key.architecture}"
     return cute.compile(kernel, tensors, scalars, stream, options=options)

@@ -45,6 +45,11 @@ class Sm90Tile(NamedTuple):
         return self.consumers == 1
 
     @property
+    def leaves_room_for_merge(self) -> bool:
+        """Whether CTAs of the merge find registers and shared memory beside one of this tile: see `launch_bound`."""
+        return self.consumers == 1
+
+    @property
     def launch_bound(self) -> int:
         """Threads that a launch is compiled for, which decides the registers that each is launched with.
 
@@ -133,6 +138,10 @@ class Sm100Tile(NamedTuple):
 
     @property
     def scheduler_keeps_sequences(self) -> bool:
+        return False
+
+    @property
+    def leaves_room_for_merge(self) -> bool:
         return False
 
     @property

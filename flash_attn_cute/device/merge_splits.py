@@ -151,14 +151,15 @@ class RowMerger:
             first = wave * self.wave_splits
             left = num_splits - first - first_chain
             columns = self._columns(partial, first + first_chain, block)
-            for half in cutlass.range_constexpr(2):
-                if left > self._split(half * self.loads // 2):
-                    self._load_splits(columns, left, half, loaded)
+            has_more = left > self._split(self.loads // 2)
+            self._load_splits(columns, left, 0, loaded)
+            if has_more:
+                self._load_splits(columns, left, 1, loaded)
             if wave == 0:
                 weights = self._weigh(values, sink)
-            for half in cutlass.range_constexpr(2):
-                if left > self._split(half * self.loads // 2):
-                    self._add_splits(sums, wave, half, loaded)
+            self._add_splits(sums, wave, 0, loaded)
+            if has_more:
+                self._add_splits(sums, wave, 1, loaded)
         if const_expr(self.warps == 1):
             for i in cutlass.range_constexpr(self.width):
                 sums[0][i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])

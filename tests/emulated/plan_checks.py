@@ -261,7 +261,10 @@ def test_every_tile_is_handed_out_once_without_a_plan(emulation, longest_first, 
 @pytest.mark.parametrize("packed_heads", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, packed_heads):
-    """A workspace filled as a forward kernel fills it, one partial result a row of a work tile."""
+    """A workspace filled as a forward kernel fills it, one partial result a row of a work tile.
+
+    CTAs that rehearse before they merge change no bit and write nothing.
+    """
     tokens, group, heads, dim = 8, 3, 2, 64
     rows_per_token = 4 if packed_heads else 1
     lengths_q, lengths_k, used = [20, 1, 9, 0, 5], [40000, 300, 20000, 10, 90000], [17, 1, 9, 0, 5]
@@ -276,7 +279,9 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
         lengths, extents = LengthTensors(None, None, vector(used), vector(lengths_k)), Extents(5, 20, 90000)
     metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
     out_shape = (5, 20, heads * group, dim)
-    combine = PlannedCombine.of(metadata, tokens * rows_per_token, out_shape, seqused=True, full=True)
+    combine = PlannedCombine.of(
+        metadata, tokens * rows_per_token, out_shape, seqused=True, full=True, waits_beside=is_packed
+    )
     workspace = combine.sizes.workspace(metadata)
     generator = torch.Generator().manual_seed(1)
     # Slots and rows that belong to nobody hold NaN.
@@ -312,10 +317,11 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
                 expected_out[(*place, q_head)] = merged[0, 0].bfloat16()
                 expected_lse[(*place[:-1], q_head, place[-1])] = merged_lse[0, 0].float()
     assert len(splits_seen) > 1
-    for schedule in ("in-order", "random", "delayed"):
+    for schedule, beside in (("in-order", 0), ("random", 40), ("delayed", 1 << 20)):
         emulation.reschedule(schedule, seed=2)
         got, got_lse = out.clone(), lse.clone()
-        combine.run(metadata, workspace, got, got_lse, lengths.cu_seqlens_q, lengths.seqused_q, sink)
+        tensors = got, got_lse, lengths.cu_seqlens_q, lengths.seqused_q, sink
+        combine.run(metadata, workspace, *tensors, beside=beside)
         torch.testing.assert_close(got, expected_out, rtol=2**-7, atol=1e-6)
         torch.testing.assert_close(got_lse, expected_lse, rtol=1e-6, atol=4e-6)
     emulation.reschedule("in-order")

@@ -22,19 +22,26 @@ class PlannedCombine(NamedTuple):
 
     @classmethod
     def of(
-        cls, metadata: SchedulerMetadata, tile_rows: int, out_shape: tuple[int, ...], *, seqused: bool, full: bool
+        cls,
+        metadata: SchedulerMetadata,
+        tile_rows: int,
+        out_shape: tuple[int, ...],
+        *,
+        seqused: bool,
+        full: bool,
+        waits_beside: bool = False,
     ) -> PlannedCombine:
         """bf16 output of out_shape. full: with a sink in float32 and an LSE."""
         p = metadata.parameters
         sizes = SplitSizes.of(metadata.shape, tile_rows, out_shape[-1], metadata.device)
         spec = PlannedCombineSpec(
-            out_shape[-1], sizes.warps_per_row, out_shape[-2] // p.heads, tile_rows // p.tokens_per_tile
+            out_shape[-1], sizes.warps_per_row, out_shape[-2] // p.heads, tile_rows // p.tokens_per_tile, waits_beside
         )
         return cls(compiled(spec, metadata.packed_q, seqused, full), sizes)
 
-    def run(self, metadata: SchedulerMetadata, workspace, *tensors: torch.Tensor | None) -> None:
-        """tensors: out, lse, cu_seqlens_q, seqused_q, sink."""
-        self.function((*workspace, *tensors, metadata.work), *self.sizes.grid)
+    def run(self, metadata: SchedulerMetadata, workspace, *tensors: torch.Tensor | None, beside: int = 0) -> None:
+        """tensors: out, lse, cu_seqlens_q, seqused_q, sink. beside: CTAs that rehearse, if any wait beside."""
+        self.function((*workspace, *tensors, metadata.work), *self.sizes.grid, beside)
 
 
 @functools.cache
@@ -58,4 +65,4 @@ def compiled(spec: PlannedCombineSpec, packed_q: bool, seqused: bool, full: bool
     stream = cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
     architecture = {9: "sm_90a", 10: "sm_100a"}[torch.cuda.get_device_capability()[0]]
     options = f"--enable-tvm-ffi --gpu-arch {architecture}"
-    return cute.compile(CombinePlanned(spec), tensors, Int32(1), Int32(1), stream, options=options)
+    return cute.compile(CombinePlanned(spec), tensors, Int32(1), Int32(1), Int32(1), stream, options=options)
