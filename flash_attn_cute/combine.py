@@ -194,23 +194,23 @@ class CombinePlanned:
         group, index, _ = cute.arch.block_idx()
         if index < num_tiles:
             # Lengths and plan were there before the forward began. Its results are only behind the wait, and from there
-            # on every instruction counts: a merge is one chain of them.
+            # on every instruction counts: a merge is one chain of them. What the first piece is found with is worked
+            # out before, as whether there is one decides whether to wait.
             tile = self._tile(tensors.work, source, heads, index)
             in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
             piece = self._piece(tensors, merger, tile, in_tile)
-            rehearses = Boolean(False)
+            has_waited, rehearses = Boolean(False), Boolean(False)
             if const_expr(spec.waits_beside):
                 rehearses = index * groups + group < beside
-            # A condition on what the piece was found with: without one it would be worked out behind the wait.
-            if in_tile < num_pieces and not rehearses:
-                cute.arch.griddepcontrol_wait()
             while index < num_tiles:
                 while in_tile < num_pieces:
+                    if not (rehearses or has_waited):
+                        cute.arch.griddepcontrol_wait()
+                        has_waited = Boolean(True)
                     partial, lse = _splits_of(tensors.partial, piece), _splits_of(tensors.lse_partial, piece)
                     num_splits = Int32(0) if rehearses else piece.num_splits
                     merge_row(merger, partial, lse, num_splits, piece.row, piece.block, tensors, rehearses)
                     if rehearses:
-                        cute.arch.griddepcontrol_wait()
                         rehearses = Boolean(False)
                     else:
                         in_tile = in_tile + groups * pieces_per_cta(merger)
@@ -221,7 +221,8 @@ class CombinePlanned:
                     in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
                     piece = self._piece(tensors, merger, tile, in_tile)
         elif index == 0 and group == 0:
-            # What follows takes the end of this launch for that of the forward: some CTA has to wait for it.
+            # What follows takes the end of this launch for that of the forward: some CTA has to wait for it. Where
+            # there is a tile, this one has a piece of it.
             cute.arch.griddepcontrol_wait()
 
     @cute.jit
