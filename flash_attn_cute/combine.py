@@ -138,10 +138,6 @@ class SplitTile(NamedTuple):
     first_slot: Int32
     seqlens: Seqlens
 
-    @staticmethod
-    def none():
-        return SplitTile(*(Int32(0) for _ in range(5)), Seqlens.none())
-
 
 class Piece(NamedTuple):
     """A block of columns of a row of a split query tile."""
@@ -158,10 +154,11 @@ class CombinePlanned:
 
     CTA (x, y) has every grid_y-th split query tile from y on, and of the pieces of its rows every grid_x-th group from
     x on: CTAs start in the order of x, and most launches have few tiles, so that those with work are the first. Where
-    the plan split nothing, that is known after one load. beside: how many CTAs at most find room beside the forward's.
+    the plan split nothing, that is known after one load.
 
-    A CTA that waits there for the forward rehearses: it merges its first piece as if it had no splits, which loads and
-    writes nothing. The instructions, which come from memory, are there when the forward has ended.
+    Of the first `beside` CTAs, which find room beside those of the forward (one an SM), each rehearses before it waits:
+    it merges its first piece as if it had no splits, which loads and writes nothing. The instructions, which come from
+    memory, are there when the forward has ended.
     """
 
     def __init__(self, spec: PlannedCombineSpec):
@@ -192,6 +189,8 @@ class CombinePlanned:
         merger = row_merger(spec.head_dim_v, spec.warps_per_row)
         groups, step, _ = cute.arch.grid_dim()
         group, index, _ = cute.arch.block_idx()
+        # What follows takes the end of this launch for that of the forward: some CTA has to wait for it.
+        is_first, has_waited = index == 0 and group == 0, Boolean(False)
         if index < num_tiles:
             # Lengths and plan were there before the forward began. Its results are only behind the wait, and from there
             # on every instruction counts: a merge is one chain of them. What the first piece is found with is worked
@@ -199,7 +198,7 @@ class CombinePlanned:
             tile = self._tile(tensors.work, source, heads, index)
             in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
             piece = self._piece(tensors, merger, tile, in_tile)
-            has_waited, rehearses = Boolean(False), Boolean(False)
+            rehearses = Boolean(False)
             if const_expr(spec.waits_beside):
                 rehearses = index * groups + group < beside
             while index < num_tiles:
@@ -220,9 +219,7 @@ class CombinePlanned:
                     tile = self._tile(tensors.work, source, heads, index)
                     in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
                     piece = self._piece(tensors, merger, tile, in_tile)
-        elif index == 0 and group == 0:
-            # What follows takes the end of this launch for that of the forward: some CTA has to wait for it. Where
-            # there is a tile, this one has a piece of it.
+        if is_first and not has_waited:
             cute.arch.griddepcontrol_wait()
 
     @cute.jit

@@ -29,5 +29,4 @@ class ForwardAndCombine:
             tensors.sink,
             tensors.work,
         )
-        # One CTA a SM finds room beside that of the forward.
-        self.combine(merged, scalars.combine_x, scalars.combine_y, scalars.grid, stream)
+        self.combine(merged, scalars.combine_x, scalars.combine_y, scalars.combine_beside, stream)

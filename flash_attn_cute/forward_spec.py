@@ -122,6 +122,7 @@ class ForwardScalars(NamedTuple):
     tiles_per_split: Int32  # read where the kernel was compiled with splits
     combine_x: Int32  # the grid of the combine launch, where the kernel was compiled with splits
     combine_y: Int32
+    combine_beside: Int32  # how many of its CTAs find room beside those of the forward
     by_page_size: Divisor  # read where keys are paged
     bias_factor: Float32  # read where there is a bias: 1 over the scale of scores, or over their soft cap
 

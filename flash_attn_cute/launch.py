@@ -519,6 +519,7 @@ class PreparedLaunch(NamedTuple):
             planned.short_from,
             planning.parameters.tiles_per_split if planning else 0,
             *(split.grid if split else (0, 0)),
+            target.num_sms,
             divisor_fields(p.page_size or 1),
             1.0 / (p.softcap or p.softmax_scale),
         )

@@ -361,7 +361,7 @@ class SplitSizes(NamedTuple):
         # A split query tile has two slots at least.
         num_sms = _num_sms(device.index)
         tiles = max(min(slots // 2, shape.tiles_bound, num_sms), 1)
-        # Of few tiles, the rows go to as many CTAs as there is room for; a CTA without a row would be waited for.
+        # Of few tiles, the rows go to as many CTAs as there is room for; one without a row would only come and go.
         groups = _ctas(tile_rows if rows_in_use is None else rows_in_use, head_dim_v, warps_per_row)
         groups = max(min(groups, PLANNED_CTAS_PER_SM * num_sms // tiles), 1)
         return cls(slots, tile_rows, head_dim_v, warps_per_row, (groups, tiles))

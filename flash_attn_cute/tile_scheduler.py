@@ -222,7 +222,7 @@ class PlannedOrder:
     @staticmethod
     @cute.jit
     def create(seqlens: SeqlenSource, work: PlannedWork, num_heads: Int32, longest_first: bool, keeps_first: bool):
-        """Reads the plan's summary."""
+        """Reads the plan's summary and, where they are kept, the first sequences."""
         entries = cute.size(work.entries, mode=[0])
         num_tiles = work.cu_total_splits_m_blocks[entries] * num_heads
         _, front, memory, ratio = (work.summary[i] for i in range(4))

@@ -46,7 +46,8 @@ class Sm90Tile(NamedTuple):
 
     @property
     def leaves_room_for_merge(self) -> bool:
-        """Whether CTAs of the merge find registers and shared memory beside one of this tile: see `launch_bound`."""
+        """Whether a CTA of the merge finds registers beside one of this tile (`launch_bound`), and, but for the largest
+        biases, shared memory (`smem_beside_merge`)."""
         return self.consumers == 1
 
     @property

@@ -42,7 +42,7 @@ def _keys(spec: ForwardSpec, seqlens: Seqlens, kv: KvRange) -> Int32:
 def prefetch_lengths(tensors: ForwardTensors):
     """Starts to bring what tiles are found with close to this SM, as far as a line a lane reaches.
 
-    Finding the first tile is a chain of loads. With nothing in L2 each of them would take a trip to memory.
+    Finding a tile may be a chain of loads. With nothing in L2 each of them would take a trip to memory.
     """
     line = cute.arch.lane_idx() * (LINE_BYTES // 4)
     read = [tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k]

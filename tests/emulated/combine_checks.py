@@ -34,12 +34,15 @@ def assert_close(got, expected, dtype):
     assert (lse.double() - expected_lse)[~nothing].abs().max().item() < 4e-6
 
 
-# 16 splits are merged by a warp, more by a CTA; 33 and 256 take several blocks of loads.
+# 16 splits are merged by a warp, more by a CTA, in waves of 128: 33 are in the first half of one, 100 reach into the
+# second, 150 take two waves, and 256 fill them.
 CASES = {
     "2-packed-bf16": (2, (9,), 3, 128, torch.bfloat16),
     "16-batched-fp16": (16, (2, 5), 2, 64, torch.float16),
     "17-packed-fp32": (17, (5,), 2, 8, torch.float32),
     "33-batched-fp32": (33, (2, 3), 1, 200, torch.float32),
+    "100-packed-bf16": (100, (3,), 1, 96, torch.bfloat16),
+    "150-packed-fp16": (150, (3,), 1, 128, torch.float16),
     "256-packed-bf16": (256, (3,), 1, 256, torch.bfloat16),
 }
 

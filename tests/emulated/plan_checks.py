@@ -327,6 +327,34 @@ def test_split_sequences_are_merged_and_others_left_alone(emulation, is_packed, 
     emulation.reschedule("in-order")
 
 
+@pytest.mark.parametrize("max_splits", [16, 256], ids=["a warp a row", "a CTA a row"])
+@pytest.mark.parametrize("waits_beside", [False, True])
+def test_nothing_is_merged_before_the_forward_has_ended(emulation, monkeypatch, waits_beside, max_splits):
+    """A warp waits before its first piece, whichever tile that is of: its first tile may have none for it."""
+    from tests.emulated.wait_marks import WaitMarks
+
+    heads, choices = 6, random.Random(1)
+    lengths_q = [choices.choice([1, 3, 8]) for _ in range(60)]
+    p = parameters(tokens_per_tile=8, heads=heads, tiles_per_split=1, max_splits=max_splits)
+    lengths, extents = packed(lengths_q, [3 * 128] * len(lengths_q))
+    metadata = plan_batch(lengths, extents, p, "cute", torch.device("cuda"))
+    out = torch.zeros(extents.rows_q, heads, 64, dtype=torch.bfloat16, device="cuda")
+    marks = WaitMarks(monkeypatch)
+    combine = PlannedCombine.of(metadata, 8, out.shape, seqused=False, full=False, waits_beside=waits_beside)
+    assert int(metadata.summary[0]) * heads > combine.sizes.grid[1]  # some CTAs have several tiles
+    workspace = combine.sizes.workspace(metadata)
+    workspace.out.fill_(1.0)
+    workspace.lse.fill_(0.0)
+    for beside in (0, 100):
+        marks.clear()
+        # Marks lie in memory that no argument of the launch names.
+        with emulation.without("bounds", "uninitialised"):
+            combine.run(metadata, workspace, out, None, lengths.cu_seqlens_q, None, None, beside=beside)
+        assert (out == 1.0).all()
+        merged, too_early = marks.merges()
+        assert merged > 0 and too_early == 0
+
+
 def test_nothing_is_merged_where_nothing_is_split(emulation):
     lengths, extents = decode([500] * 300)
     metadata = plan_batch(lengths, extents, parameters(), "cute", torch.device("cuda"))
