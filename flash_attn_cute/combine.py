@@ -196,8 +196,7 @@ class CombinePlanned:
             # on every instruction counts: a merge is one chain of them. What the first piece is found with is worked
             # out before, as whether there is one decides whether to wait.
             tile = self._tile(tensors.work, source, heads, index)
-            in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
-            piece = self._piece(tensors, merger, tile, in_tile)
+            in_tile, num_pieces, piece = self._first_piece(tensors, merger, tile)
             rehearses = Boolean(False)
             if const_expr(spec.waits_beside):
                 rehearses = index * groups + group < beside
@@ -217,8 +216,7 @@ class CombinePlanned:
                 index = index + step
                 if index < num_tiles:
                     tile = self._tile(tensors.work, source, heads, index)
-                    in_tile, num_pieces = first_piece(merger, group), self._num_pieces(tensors, merger, tile)
-                    piece = self._piece(tensors, merger, tile, in_tile)
+                    in_tile, num_pieces, piece = self._first_piece(tensors, merger, tile)
         if is_first and not has_waited:
             cute.arch.griddepcontrol_wait()
 
@@ -247,14 +245,16 @@ class CombinePlanned:
         place = token_of_tile * spec.rows_per_token + in_group
         return Piece(row, block, tile.num_splits if row.is_query else Int32(0), tile.first_slot, place)
 
+    def _first_piece(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile) -> tuple:
+        """(Number of the first piece of a tile that this warp has, how many pieces the tile has, that piece)."""
+        group, _, _ = cute.arch.block_idx()
+        tokens, first = self._tokens(tensors), first_piece(merger, group)
+        rows = cutlass.min(tokens, tile.seqlens.rows_q - tile.m_block * tokens) * self.spec.qheads_per_tile
+        return first, rows * merger.blocks, self._piece(tensors, merger, tile, first)
+
     def _tokens(self, tensors: PlannedCombineTensors) -> int:
         """Of a query tile."""
         return cute.size(tensors.partial, mode=[1]) // self.spec.rows_per_token
-
-    def _num_pieces(self, tensors: PlannedCombineTensors, merger: RowMerger, tile: SplitTile) -> Int32:
-        tokens = self._tokens(tensors)
-        rows = cutlass.min(tokens, tile.seqlens.rows_q - tile.m_block * tokens) * self.spec.qheads_per_tile
-        return rows * merger.blocks
 
 
 def _splits_of(partial: cute.Tensor, piece: Piece) -> cute.Tensor:
