@@ -175,7 +175,7 @@ class FirstSequences(NamedTuple):
     """What lane i of the scheduling warp keeps of a planned batch.
 
     All of it is on its way at once, where a search, the entry that it leads to and the lengths of that would wait for
-    one another: the first tile of a decode is found with one trip to memory instead of three.
+    one another: the first tile of up to 32 decodes is found with one trip to memory instead of three.
     """
 
     first: Int32  # work tiles of a head before the i-th sequence of the plan, and before the next one
