@@ -7,7 +7,8 @@ One run on one GPU: ceilings first, then for each case our call with a plan made
 and replayed ("ours graph"), the call that plans itself ("ours in-call"), the batch-invariant call, whose splits have
 one size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
 In the same rounds a kernel that only reads as many bytes ("read alone"): it says what of the distance to the floor is
-the launch, which every kernel pays for.
+the launch, which every kernel pays for. And all of these as the layers of a model call them ("in layers", see
+benchmarks/layers.py): a graph of eight calls, each over keys and values of its own, time a call.
 Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
 Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
 made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
@@ -28,6 +29,7 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks import report as show
+from benchmarks.layers import IN_LAYERS, LAYERS, PeerInLayers, VariantInLayers, graph_of
 from benchmarks.paged import PagedInputs
 from benchmarks.peers import Attention, AttentionInputs
 from benchmarks.rows import Row, best_seconds, run_once
@@ -40,7 +42,9 @@ from benchmarks.verify import Check
 from benchmarks.workloads import Workload, ragged
 
 PLANNED = ("ours", "ours graph")
+OURS_IN_LAYERS = f"ours {IN_LAYERS}"
 READ_ALONE = "read alone"
+READ_IN_LAYERS = f"read {IN_LAYERS}"
 INVARIANT = ("ours invariant", "ours invariant graph")
 # A KV head's split of so many keys is 1 MiB, some 30 us of an SM's share of the bandwidth: coarse enough that merging
 # splits costs little, fine enough that the last of 131072 keys are not waited for.
@@ -51,6 +55,7 @@ VARIANTS = (
     Variant("ours in-call", num_splits=0),
     Variant("ours invariant", "cached", seqlen_k_per_split=INVARIANT_SPLIT),
     Variant("ours invariant graph", "cached", graph=True, seqlen_k_per_split=INVARIANT_SPLIT),
+    VariantInLayers(OURS_IN_LAYERS, "cached", num_splits=0),
 )
 
 
@@ -114,11 +119,19 @@ def all_presets() -> list[Case]:
 
 
 def measure(case: Case, bench: Bench) -> Row:
-    """The row of a case, with `read_alone_seconds` beside it."""
+    """The row of a case, with `read_alone_seconds` beside it, and `read_in_layers_seconds`."""
+    bench = replace(bench, peers=[*bench.peers, *map(PeerInLayers, bench.peers)])
     prepared = bench.prepare(case, VARIANTS)
-    timings = bench.time(prepared.candidates | {READ_ALONE: reader_of(case.workload.min_bytes, bench.device)})
-    read_alone = timings.pop(READ_ALONE)
-    return prepared.row(bench.ceilings, timings) | {"read_alone_seconds": read_alone.seconds}
+    readers = [reader_of(case.workload.min_bytes, bench.device) for _ in range(LAYERS)]
+    reading = {READ_ALONE: readers[0]}
+    if bench.device == "cuda":
+        reading[READ_IN_LAYERS] = graph_of(readers)
+    timings = bench.time(prepared.candidates | reading)
+    alone, layers = timings.pop(READ_ALONE), timings.pop(READ_IN_LAYERS, None)
+    return prepared.row(bench.ceilings, timings) | {
+        "read_alone_seconds": alone.seconds,
+        "read_in_layers_seconds": layers and layers.seconds,
+    }
 
 
 def must_show(report: dict[str, Any]) -> list[Target]:
@@ -126,12 +139,12 @@ def must_show(report: dict[str, Any]) -> list[Target]:
     rows: dict[str, Row] = {row["name"]: row for row in report["rows"]}
     read = report["ceilings"]["read_bytes_per_s"]
 
-    def time(case: Case) -> float | None:
-        return best_seconds(rows[case.name], PLANNED) if case.name in rows else None
+    def time(case: Case, names: tuple[str, ...] = PLANNED) -> float | None:
+        return best_seconds(rows[case.name], names) if case.name in rows else None
 
-    def bandwidth(wanted: list[Case]) -> float | None:
+    def bandwidth(wanted: list[Case], names: tuple[str, ...]) -> float | None:
         """The worst of these cases, as a part of what the GPU reads; None where one of them is missing."""
-        times = [time(case) for case in wanted]
+        times = [time(case, names) for case in wanted]
         if None in times:
             return None
         return min(case.workload.min_bytes / t / read for case, t in zip(wanted, times, strict=True))
@@ -159,7 +172,7 @@ def must_show(report: dict[str, Any]) -> list[Target]:
     host = report.get("host_microseconds", {})
     return [
         *(
-            Target(f"{what}: worst part of the read bandwidth", bandwidth(PRESETS[preset]()), least)
+            Target(f"{what}: worst part of the read bandwidth", bandwidth(PRESETS[preset](), PLANNED), least)
             for preset, what, least in READ_BANDWIDTH
         ),
         *(Target(f"page {n}, time over page 64", small_pages(n), at_most=1.15) for n in SMALL_PAGES),
@@ -174,6 +187,14 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         ),
         *(
             Target(f"{what}: worst part of what reading alone reaches", of_read_alone(PRESETS[preset]()), least)
+            for preset, what, least in READ_BANDWIDTH
+        ),
+        *(
+            Target(
+                f"{what}, {LAYERS} layers in a graph: part of the read bandwidth",
+                bandwidth(PRESETS[preset](), (OURS_IN_LAYERS,)),
+                least,
+            )
             for preset, what, least in READ_BANDWIDTH
         ),
     ]
@@ -224,25 +245,44 @@ def measure_host_time(bench: Bench) -> dict[str, Any]:
     }
 
 
+def bandwidth_table(
+    report: dict[str, Any], title: str, names: list[str], ours: tuple[str, ...], reading: tuple[str, str]
+) -> show.Table:
+    """TB/s of the candidates, and the best of ours beside the read bandwidth and a kernel that only reads. reading:
+    what it is called, and its seconds in a row."""
+    read_bytes_per_s = report["ceilings"]["read_bytes_per_s"]
+    name, key = reading
+    lines = []
+    for row in report["rows"]:
+        rates = [row["results"].get(candidate, {}).get("terabytes_per_s") for candidate in names]
+        best, alone = best_seconds(row, ours), row[key]
+        lines.append(
+            [
+                row["name"],
+                *(show.figure(rate) for rate in rates),
+                show.figure(best and best * 1e6, "{:.1f}"),
+                show.figure(alone and alone * 1e6, "{:.1f}"),
+                show.figure(best and row["min_bytes"] / best / read_bytes_per_s, "{:.1%}"),
+                show.figure(best and alone and alone / best, "{:.1%}"),
+            ]
+        )
+    columns = ["workload", *names, "ours, us", f"{name}, us", "ours of read", f"ours of {name}"]
+    return show.Table(f"{title}: TB/s; microseconds; ours of the read bandwidth and of reading", columns, lines)
+
+
 def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
     rows = report["rows"]
     names = [*(variant.name for variant in VARIANTS), *peers]
-    read = report["ceilings"]["read_bytes_per_s"] / 1e12
-    lines = []
-    for row in rows:
-        rates = [row["results"].get(name, {}).get("terabytes_per_s") for name in names]
-        best = best_seconds(row, PLANNED)
-        share = row["min_bytes"] / best / 1e12 / read if best else None
-        alone = row["read_alone_seconds"]
-        shares = [show.figure(share, "{:.1%}"), show.figure(best and alone / best, "{:.1%}")]
-        lines.append([row["name"], *(show.figure(rate) for rate in rates), show.figure(alone * 1e6, "{:.1f}"), *shares])
     found = [
         show.row_table("Decode (d128, causal, bf16, 32/8 heads where not said)", rows, peers),
         show.time_table("Microseconds", rows, names),
-        show.Table(
-            "TB/s; microseconds of reading alone; ours of the read bandwidth and of reading alone",
-            ["workload", *names, "read alone, us", "ours of read", "ours of read alone"],
-            lines,
+        bandwidth_table(report, "A call alone", names, PLANNED, (READ_ALONE, "read_alone_seconds")),
+        bandwidth_table(
+            report,
+            f"{LAYERS} layers in a graph, a call",
+            [OURS_IN_LAYERS, *(f"{peer} {IN_LAYERS}" for peer in peers)],
+            (OURS_IN_LAYERS,),
+            (READ_IN_LAYERS, "read_in_layers_seconds"),
         ),
     ]
     if report.get("host_microseconds"):

@@ -74,7 +74,11 @@ class Bench:
         return Prepared(case, inputs, *run_once(makers, Check(workload, contiguous)))
 
     def time(self, candidates: Mapping[str, Attention]) -> dict[str, Timing]:
-        return time_interleaved(candidates, self.stopwatch, iterations=self.iterations, budget_seconds=BUDGET_SECONDS)
+        """Of one call: a candidate that makes several says how many in `calls`."""
+        timings = time_interleaved(
+            candidates, self.stopwatch, iterations=self.iterations, budget_seconds=BUDGET_SECONDS
+        )
+        return {name: timing.of_one(getattr(candidates[name], "calls", 1)) for name, timing in timings.items()}
 
     def measure(self, case: Case, variants: Iterable[Variant]) -> Row:
         prepared = self.prepare(case, variants)

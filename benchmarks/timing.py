@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,10 @@ class Timing:
         quarter = len(ordered) // 4
         spread = (ordered[-1 - quarter] - ordered[quarter]) / 2 / median if median else 0.0
         return cls(median, spread, len(ordered))
+
+    def of_one(self, calls: int) -> Timing:
+        """Of one of so many equal calls."""
+        return replace(self, seconds=self.seconds / calls)
 
 
 class Stopwatch(Protocol):

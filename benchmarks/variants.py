@@ -31,22 +31,27 @@ class Variant:
     seqlen_k_per_split: int | None = None
 
     def make(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Attention:
+        metadata = {"off": False, "auto": None}.get(self.planning)
+        if self.planning == "cached":
+            metadata = self.plan(workload, inputs)
+        call = self.call(workload, inputs, metadata)
+        return captured(call) if self.graph else call
+
+    def call(self, workload: Workload, inputs: AttentionInputs | PagedInputs, metadata: Any) -> Attention:
+        """The eager call with this plan, or with one of its own each time where planning is "on"."""
         from flash_attn_cute import flash_attn_varlen_func
 
         arguments = inputs.varlen_arguments(workload) | dict(
             scheduler=self.scheduler, num_splits=self.num_splits, seqlen_k_per_split=self.seqlen_k_per_split
         )
-        metadata = {"off": False, "auto": None}.get(self.planning)
-        if self.planning == "cached":
-            metadata = self._plan(workload, inputs)
 
         def call() -> torch.Tensor:
-            current = self._plan(workload, inputs) if self.planning == "on" else metadata
+            current = self.plan(workload, inputs) if self.planning == "on" else metadata
             return flash_attn_varlen_func(inputs.q, inputs.k, inputs.v, scheduler_metadata=current, **arguments)
 
-        return captured(call) if self.graph else call
+        return call
 
-    def _plan(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Any:
+    def plan(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Any:
         return plan(workload, inputs, self.num_splits, seqlen_k_per_split=self.seqlen_k_per_split)
 
 

@@ -15,6 +15,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, const_expr
 from cutlass.memory import SmemAllocator
 
+from flash_attn_cute.device.dependent_launch import let_dependents_start, wait_for_prerequisites
 from flash_attn_cute.device.merge_splits import CHAINS, MAX_SPLITS, WARP, WEIGHTS_PITCH, RowMerger
 from flash_attn_cute.device.search import last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors
@@ -176,6 +177,8 @@ class CombinePlanned:
     @cute.kernel
     def kernel(self, tensors: PlannedCombineTensors, beside: Int32):
         spec = self.spec
+        # The next launch's CTAs may take the place of the forward's as those leave: they set up beside the merge.
+        let_dependents_start()
         out = tensors.out
         packed_q = const_expr(tensors.cu_seqlens_q is not None)
         source = SeqlenSource(
@@ -203,7 +206,7 @@ class CombinePlanned:
             while index < num_tiles:
                 while in_tile < num_pieces:
                     if not (rehearses or has_waited):
-                        cute.arch.griddepcontrol_wait()
+                        wait_for_prerequisites()
                         has_waited = Boolean(True)
                     partial, lse = _splits_of(tensors.partial, piece), _splits_of(tensors.lse_partial, piece)
                     num_splits = Int32(0) if rehearses else piece.num_splits
@@ -218,7 +221,7 @@ class CombinePlanned:
                     tile = self._tile(tensors.work, source, heads, index)
                     in_tile, num_pieces, piece = self._first_piece(tensors, merger, tile)
         if is_first and not has_waited:
-            cute.arch.griddepcontrol_wait()
+            wait_for_prerequisites()
 
     @cute.jit
     def _tile(self, work: PlannedWork, source: SeqlenSource, heads: Int32, index: Int32) -> SplitTile:

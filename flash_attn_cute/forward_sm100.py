@@ -21,6 +21,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cutlass.memory import SmemAllocator
 
 from flash_attn_cute.device import accumulator_rows, packed, ragged_tma, tensor_memory, umma
+from flash_attn_cute.device.dependent_launch import let_dependents_start, wait_for_prerequisites
 from flash_attn_cute.device.key_bias import BiasOfRows, Given, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_row
@@ -244,7 +245,11 @@ class ForwardSm100:
         )
         source = seqlen_source(tensors, scalars)
         self.kernel(operands, tensors, scalars, source).launch(
-            grid=[scalars.grid, 1, 1], block=[self.threads, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[scalars.grid, 1, 1],
+            block=[self.threads, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,  # see `wait_for_prerequisites`
         )
 
     def _smem_layout(self, rows: int, columns: int, stages: int, stage_elements: int) -> cute.ComposedLayout:
@@ -299,11 +304,12 @@ class ForwardSm100:
                 cute.arch.mbarrier_init_fence()
         if warp == self.mma_warp:
             cute.arch.alloc_tmem(tensor_memory.COLUMNS, columns_start)
+        wait_for_prerequisites()
         cute.arch.sync_threads()
         columns = cute.arch.retrieve_tmem_ptr(Float32, 16, columns_start)
         if const_expr(self.spec.splits):
             # The combine kernel's CTAs may take the place of ours as they leave.
-            cute.arch.griddepcontrol_launch_dependents()
+            let_dependents_start()
 
         window = window_of(self.spec, scalars)
         registers = tile.registers if const_expr(self.spec.key_side is None) else tile.registers_beside_bias

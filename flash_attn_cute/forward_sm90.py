@@ -20,6 +20,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
+from flash_attn_cute.device.dependent_launch import let_dependents_start, wait_for_prerequisites
 from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
@@ -182,6 +183,7 @@ class ForwardSm90:
             smem=self.launch_smem,
             min_blocks_per_mp=1,
             max_number_threads=[tile.launch_bound, 1, 1],
+            use_pdl=True,  # see `wait_for_prerequisites`
         )
 
     def _key_operand(self, x: cute.Tensor, smem_layout: cute.ComposedLayout, tensors: ForwardTensors) -> Operand:
@@ -266,6 +268,7 @@ class ForwardSm90:
                     rings.values.init(full_arrivals=self.bias_warps, empty_arrivals=1)
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
+        wait_for_prerequisites()
         cute.arch.sync_threads()
 
         window = window_of(spec, scalars)
@@ -391,10 +394,9 @@ class ForwardSm90:
                 v_position = v_position.next()
 
     def _let_merge_start(self):
-        """The merge's CTAs may take their place beside ours, and that of ours as they leave. A warp says it for its
-        CTA, and as often as it likes."""
+        """The merge's CTAs may take their place beside ours, and that of ours as they leave."""
         if self.spec.splits:
-            cute.arch.griddepcontrol_launch_dependents()
+            let_dependents_start()
 
     def _find_keys(
         self,

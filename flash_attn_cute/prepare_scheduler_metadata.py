@@ -29,6 +29,7 @@ from flash_attn_cute.device.cluster_group import (
     wide_sum_of_warp,
     write_row,
 )
+from flash_attn_cute.device.dependent_launch import let_dependents_start
 from flash_attn_cute.device.divisor import INT32_MAX, Divisor, ceil_of_fraction
 from flash_attn_cute.device.radix_sort import DIGIT_BITS, MAX_PASSES, RadixSort
 from flash_attn_cute.plan import (
@@ -189,7 +190,7 @@ class PrepareSchedulerMetadata:
     def kernel(self, tensors: PlanTensors, scalars: PlanScalars):
         spec = self.spec
         # The next kernel may start when it likes: it waits for this one before it reads a plan.
-        cute.arch.griddepcontrol_launch_dependents()
+        let_dependents_start()
         group = ClusterGroup.create(spec.ctas, spec.warps)
         group.announce_start()
         smem = SmemAllocator()

@@ -164,7 +164,9 @@ class TestDecode:
     def at_bandwidth(self, part: float, **more) -> dict:
         rows = [answered(case, case.workload.min_bytes / (part * 4e12)) for case in decode.all_presets()]
         for row in rows:  # reading alone at 0.99 of the bandwidth, the rest is its launch
-            row["read_alone_seconds"] = row["min_bytes"] / (0.99 * 4e12)
+            row["read_alone_seconds"] = row["read_in_layers_seconds"] = row["min_bytes"] / (0.99 * 4e12)
+            in_layers = row["results"]["ours"]["seconds"] / 1.01
+            row["results"][decode.OURS_IN_LAYERS] = {"seconds": in_layers, "correct": True, "microseconds": 1.0}
         return report_of(rows, **more)
 
     def test_cases_are_the_same_each_time_and_named_apart(self):
@@ -191,18 +193,19 @@ class TestDecode:
     def test_verdicts(self):
         host = dict.fromkeys((decode.OURS_VARLEN_PAGED, decode.OURS_KVCACHE), 29.0)
         met = decode.must_show(self.at_bandwidth(0.975, host_microseconds=host))
-        assert len(met) == 15
-        assert [target.verdict for target in met] == [*["pass"] * 7, "not measured", *["pass"] * 7]
+        assert len(met) == 20
+        assert [target.verdict for target in met] == [*["pass"] * 7, "not measured", *["pass"] * 12]
         assert met[0].figure == pytest.approx(0.975) and met[5].figure == pytest.approx(1.0)
-        assert met[10].figure == pytest.approx(0.975 / 0.99)
+        assert met[10].figure == pytest.approx(0.975 / 0.99) and met[15].figure == pytest.approx(0.975 * 1.01)
         verdicts = [target.verdict for target in decode.must_show(self.at_bandwidth(0.89))]
         long_enough = ["FAIL", "FAIL", "FAIL", "pass", "pass"]
-        assert verdicts == [*long_enough, "pass", "pass", *["not measured"] * 3, *long_enough]
+        assert verdicts == [*long_enough, "pass", "pass", *["not measured"] * 3, *long_enough, *long_enough]
 
     def test_a_row_holds_a_read_of_as_many_bytes(self, monkeypatch):
         monkeypatch.setattr(decode, "VARIANTS", (Variant("ours"),))
         row = decode.measure(Case(SMALL, 4), small_bench())
         assert row["read_alone_seconds"] == pytest.approx(1e-6) and list(row["results"]) == ["ours"]
+        assert row["read_in_layers_seconds"] is None  # there is no GPU to capture on
 
     def test_the_worst_case_and_small_pages_decide(self):
         report = self.at_bandwidth(0.98)
@@ -277,12 +280,12 @@ class TestDecode:
         row["results"]["flashinfer"] = {"error": "ImportError: x"}
         assert decode.BENCHMARK.finish(report, ["flashinfer"], options) == 0
         written = json.loads((tmp_path / "r.json").read_text())
-        assert [target["verdict"] for target in written["targets"]].count("pass") == 13
+        assert [target["verdict"] for target in written["targets"]].count("pass") == 18
         text = (tmp_path / "r.md").read_text()
         assert text.startswith("# Decode over a KV cache") and f"{case.name}: flashinfer: ImportError: x" in text
         assert "98.0%" in text
         lines = list(csv.DictReader((tmp_path / "r.csv").open()))
-        assert len(lines) == len(decode.all_presets()) + 1
+        assert len(lines) == 2 * len(decode.all_presets()) + 1
         assert lines[0]["candidate"] == "ours" and float(lines[0]["microseconds"]) > 0
         row["results"]["ours"]["correct"] = False
         row["results"]["ours"]["max_error"] = 1.0

@@ -1,0 +1,68 @@
+"""A step of a model as an engine replays it: one graph, a call a layer, each layer with keys and values of its own.
+
+A call that is timed alone pays for its launch, for the events around it, and for a memory that runs empty at both ends:
+a kernel that only reads half a GiB takes 4 us longer than its bytes. In a step that is so once, and a launch may begin
+while the one before it ends. L2 is as cold: of a layer's keys nothing is left when its turn comes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.paged import PagedInputs
+from benchmarks.peers import Attention, AttentionInputs, Peer
+from benchmarks.variants import Variant, captured
+from benchmarks.workloads import Workload
+
+LAYERS = 8
+IN_LAYERS = "in layers"
+
+
+def in_layers(
+    make: Callable[[AttentionInputs | PagedInputs], Attention], inputs: AttentionInputs | PagedInputs
+) -> Attention:
+    """One graph of LAYERS calls as `make` makes them. `calls` says how many; the output is the first layer's, and a
+    ValueError where another layer computed something else."""
+    layers = [replace(inputs, k=inputs.k.clone(), v=inputs.v.clone()) for _ in range(LAYERS)]
+    calls = [make(layer) for layer in layers]
+    outputs = [call() for call in calls]
+    if not all(torch.equal(output, outputs[0]) for output in outputs):
+        raise ValueError("layers of equal keys and values differ")
+    return graph_of(calls)
+
+
+def graph_of(calls: list[Attention]) -> Attention:
+    """Replays the calls one after another, and says how many there are in `calls`. The output is the first one's."""
+    step = captured(lambda: [call() for call in calls])
+
+    def replay() -> torch.Tensor:
+        return step()[0]
+
+    replay.calls = len(calls)
+    return replay
+
+
+class VariantInLayers(Variant):
+    """Our calls in one graph, which share a plan where it is made once."""
+
+    def make(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Attention:
+        plan = self.plan(workload, inputs) if self.planning == "cached" else None
+        return in_layers(lambda layer: self.call(workload, layer, plan), inputs)
+
+
+class PeerInLayers(Peer):
+    """Another implementation's calls in one graph."""
+
+    def __init__(self, peer: Peer):
+        self._peer = peer
+        self.name, self.module = f"{peer.name} {IN_LAYERS}", peer.module
+        self.takes_pages = peer.takes_pages
+
+    def supports(self, workload: Workload) -> bool:
+        return self._peer.supports(workload)
+
+    def make(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Attention:
+        return in_layers(lambda layer: self._peer.make(workload, layer), inputs)
