@@ -19,18 +19,23 @@ from benchmarks.workloads import Workload
 
 LAYERS = 8
 IN_LAYERS = "in layers"
+# Of the largest output: others merge splits in the order in which they end. Ours have to be equal to the bit.
+TOLERANCE_OF_PEERS = 2**-6
 
 
 def in_layers(
-    make: Callable[[AttentionInputs | PagedInputs], Attention], inputs: AttentionInputs | PagedInputs
+    make: Callable[[AttentionInputs | PagedInputs], Attention],
+    inputs: AttentionInputs | PagedInputs,
+    tolerance: float = 0.0,
 ) -> Attention:
     """One graph of LAYERS calls as `make` makes them. `calls` says how many; the output is the first layer's, and a
-    ValueError where another layer computed something else."""
+    ValueError where another layer's differs by more than `tolerance` times its largest number."""
     layers = [replace(inputs, k=inputs.k.clone(), v=inputs.v.clone()) for _ in range(LAYERS)]
     calls = [make(layer) for layer in layers]
-    outputs = [call() for call in calls]
-    if not all(torch.equal(output, outputs[0]) for output in outputs):
-        raise ValueError("layers of equal keys and values differ")
+    first, *others = [call().float() for call in calls]
+    difference = max(float((other - first).abs().max()) for other in others)
+    if not difference <= tolerance * float(first.abs().max()):
+        raise ValueError(f"layers of equal keys and values differ by {difference:.3g}")
     return graph_of(calls)
 
 
@@ -65,4 +70,4 @@ class PeerInLayers(Peer):
         return self._peer.supports(workload)
 
     def make(self, workload: Workload, inputs: AttentionInputs | PagedInputs) -> Attention:
-        return in_layers(lambda layer: self._peer.make(workload, layer), inputs)
+        return in_layers(lambda layer: self._peer.make(workload, layer), inputs, TOLERANCE_OF_PEERS)

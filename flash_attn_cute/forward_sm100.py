@@ -307,9 +307,8 @@ class ForwardSm100:
         wait_for_prerequisites()
         cute.arch.sync_threads()
         columns = cute.arch.retrieve_tmem_ptr(Float32, 16, columns_start)
-        if const_expr(self.spec.splits):
-            # The combine kernel's CTAs may take the place of ours as they leave.
-            let_dependents_start()
+        # The merge's CTAs, or those of what else comes next, may take the place of ours as they leave.
+        let_dependents_start()
 
         window = window_of(self.spec, scalars)
         registers = tile.registers if const_expr(self.spec.key_side is None) else tile.registers_beside_bias

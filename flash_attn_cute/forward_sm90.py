@@ -65,10 +65,11 @@ GATHER_UNROLL_OF_FEW_ROWS, GATHER_UNROLL = 8, 4
 # Numbers of masks and biases that a staging lane reads at once, and that it holds from tile to tile, by consumers: it
 # has 96, 40 or 32 registers.
 STAGED_AT_ONCE, STAGED_AHEAD = {1: 8, 2: 4, 3: 2}, {1: 32, 2: 0, 3: 0}
-# KV tiles of a CTA's first work tile that are on their way before the merge may start. Both kernels begin with
-# instructions that come from memory, one after the other: beside those of a merge, a decode found its first tile 0.5 us
-# later (csrc_notes/scheduling.md).
-LOADED_BEFORE_MERGE = 2
+# KV tiles of a CTA's first work tile that are on their way before the merge, or what else comes next, may start: its
+# CTAs take their place beside ours, and that of ours as they leave. Both kernels begin with instructions that come from
+# memory, one after the other: beside those of a merge, a decode found its first tile 0.5 us later
+# (csrc_notes/scheduling.md).
+LOADED_BEFORE_DEPENDENTS = 2
 # Named barrier 0 is __syncthreads; consumer warpgroup i waits for its turn on FIRST_TURN + i.
 FIRST_TURN = 1
 
@@ -372,9 +373,9 @@ class ForwardSm90:
                     k_position = k_position.next()
                     values.load(v_position, previous)
                     v_position = v_position.next()
-                    if i == LOADED_BEFORE_MERGE:
-                        self._let_merge_start()
-                self._let_merge_start()
+                    if i == LOADED_BEFORE_DEPENDENTS:
+                        let_dependents_start()
+                let_dependents_start()
                 tile_position = tile_position.next()
                 if const_expr(self.finds_early):
                     is_long = self._is_long(kv)
@@ -392,11 +393,6 @@ class ForwardSm90:
                     values.load(v_position, tile)
                     work, seqlens = rings.tiles.receive(tile_position)
                 v_position = v_position.next()
-
-    def _let_merge_start(self):
-        """The merge's CTAs may take their place beside ours, and that of ours as they leave."""
-        if self.spec.splits:
-            let_dependents_start()
 
     def _find_keys(
         self,
