@@ -7,7 +7,7 @@ one's softmax falls into another's products (the ping-pong of FlashAttention-3, 
 See csrc_notes/forward_sm90.md for the pipeline, the barriers and what was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
@@ -24,7 +24,7 @@ from flash_attn_cute.device.dependent_launch import let_dependents_start, wait_f
 from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
-from flash_attn_cute.device.output_rows import OutputRows
+from flash_attn_cute.device.output_rows import ROW_STEP, OutputRows
 from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.query_bias import BiasOfQueries, QuerySide
@@ -115,6 +115,7 @@ class Consumer:
     p: cute.Tensor
     o: cute.Tensor
     softmax: OnlineSoftmax
+    rows: int  # how many of the two rows that a thread holds are computed
 
 
 class Biases(NamedTuple):
@@ -598,6 +599,7 @@ class ForwardSm90:
             o_slice.make_fragment_A(o_slice.partition_shape_A((tile.tile_m, tile.tile_n))),
             cute.make_rmem_tensor(o_slice.partition_shape_C((tile.tile_m, tile.head_dim_v)), Float32),
             OnlineSoftmax.create(scale * LOG2_E),
+            rows=2,
         )
 
     @cute.jit
@@ -635,12 +637,12 @@ class ForwardSm90:
                 else:
                     kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
             else:
-                kv_position = self._keys(
+                kv_position = self._keys_of_few(
                     me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
                 )
             rings.q.release_converged(q_position)
             if const_expr(self.rescale_late):
-                me.softmax.rescale(wgmma.flat(me.o))
+                me.softmax.rescale(wgmma.flat(me.o), me.rows)
             self._issue_output(me, rings, kv_position, fence=True)
 
             tile_position = tile_position.next()
@@ -704,6 +706,38 @@ class ForwardSm90:
             rings.bias.release(position)
 
     @cute.jit
+    def _keys_of_few(
+        self,
+        me: Consumer,
+        stages: Stages,
+        rings: Rings,
+        window: Window,
+        tensors: ForwardTensors,
+        scalars: ForwardScalars,
+        work: WorkTile,
+        seqlens: Seqlens,
+        q_position: RingPosition,
+        kv_position: RingPosition,
+    ):
+        """`_keys` of a tile for few rows. Most decodes have no more than 8, which are the first of a thread's two: then
+        it computes one, with two thirds of the instructions. What goes through the products for the other, scores as
+        they are, is dropped: it is no query."""
+        spec = self.spec
+        if const_expr(spec.rows_per_token > ROW_STEP):
+            return self._keys(me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position)
+        num_rows = (seqlens.len_q - work.m_block * spec.tokens_per_tile) * spec.rows_per_token
+        if num_rows <= ROW_STEP:
+            one = replace(me, rows=1)
+            kv_position = self._keys(
+                one, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
+            )
+        else:
+            kv_position = self._keys(
+                me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
+            )
+        return kv_position
+
+    @cute.jit
     def _keys(
         self,
         me: Consumer,
@@ -724,17 +758,19 @@ class ForwardSm90:
         kv = kv_range(self.spec, work, seqlens, window)
         column = 2 * (me.thread % 4)
         rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
-        limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(2))
+        limits = tuple(RowLimits.of_row(seqlens, window, rows.token(r), column) for r in range(me.rows))
         masked_end = cutlass.max(cutlass.min(kv.full_end, kv.end - 1), kv.first)
         full_first = cutlass.max(cutlass.min(kv.full_first, masked_end), kv.first)
         rings.k.release_converged(kv_position)
         bias = Biases(None, None)
         if const_expr(self.spec.key_side is not None):
-            of_keys = BiasOfRows.of_accumulator(self.spec, rows, column, stages.bias, rings.bias, self.bias_warps)
+            of_keys = BiasOfRows.of_accumulator(
+                self.spec, rows, me.rows, column, stages.bias, rings.bias, self.bias_warps
+            )
             bias = bias._replace(of_keys=of_keys)
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
-            bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, seqlens, column, source))
+            bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, me.rows, seqlens, column, source))
         last = kv_tile(self.spec, tensors, kv.end - 1)
         self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)
@@ -777,7 +813,7 @@ class ForwardSm90:
         self._wait_turn(me.warpgroup)
         self._issue_scores(me, rings, q_position, following, fence=True)
         if const_expr(self.rescale_late):
-            me.softmax.rescale(wgmma.flat(me.o))
+            me.softmax.rescale(wgmma.flat(me.o), me.rows)
         self._issue_output(me, rings, position, fence=self.rescale_late)
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
@@ -787,7 +823,7 @@ class ForwardSm90:
         rings.v.release_converged(position)
         self._store_p(me)
         if const_expr(not self.rescale_late):
-            me.softmax.rescale(wgmma.flat(me.o))
+            me.softmax.rescale(wgmma.flat(me.o), me.rows)
 
     @cute.jit
     def _wait_first(self, rings: Rings, q_position: RingPosition, k_position: RingPosition):
@@ -822,14 +858,15 @@ class ForwardSm90:
         if const_expr(self.spec.softcap):
             factor = scalars.softmax_scale / scalars.softcap
             for i in cutlass.range_constexpr(cute.size(s)):
-                s[i] = tanh(s[i] * factor)
+                if const_expr(i // 2 % 2 < me.rows):
+                    s[i] = tanh(s[i] * factor)
         if const_expr(bias.of_keys is not None):
             bias.of_keys.add(s, position)
         if const_expr(bias.of_queries is not None):
             bias.of_queries.add(s, number)
         if const_expr(limits is not None):
             mask_scores(s, limits, number, self.spec.tile.tile_n)
-        me.softmax.update(s)
+        me.softmax.update(s, me.rows)
 
     def _store_p(self, me: Consumer):
         """Rounds the probabilities to the input type, into the registers from which the output product reads them."""

@@ -455,7 +455,8 @@ def _prefetch(x: cute.Tensor, coordinate):
 class BiasOfRows:
     """What one thread adds to the scores in its registers: `rows` rows in turn, `run` columns of each at a time.
 
-    Element (j * rows + r) * run + c of its scores is row r, column step * j + c behind the thread's first.
+    Element (j * rows + r) * run + c of its scores is row r, column step * j + c behind the thread's first. The first
+    `computed` rows are added to.
     """
 
     staged: cute.Tensor  # (tile_n, vectors, stages) float32 of shared memory
@@ -463,24 +464,27 @@ class BiasOfRows:
     vectors: tuple  # of each row, or one for all
     column: Int32  # the thread's first
     rows: int
+    computed: int
     run: int
     step: int
     packs: bool  # whether pairs are added by one instruction, as Blackwell can
     staging_warps: int  # asked whether they hide a key; 0: a key may always be hidden
 
     @staticmethod
-    def of_accumulator(spec, rows, column: Int32, staged: cute.Tensor, ring: MbarrierRing, staging_warps: int):
+    def of_accumulator(
+        spec, rows, computed: int, column: Int32, staged: cute.Tensor, ring: MbarrierRing, staging_warps: int
+    ):
         """For WGMMA accumulators. spec: a ForwardSpec with a `key_side`; rows: the thread's OutputRows."""
-        vectors = _vectors(spec, [rows.row(r) for r in range(2)])
+        vectors = _vectors(spec, [rows.row(r) for r in range(computed)])
         return BiasOfRows(
-            staged, ring, vectors, column, rows=2, run=2, step=8, packs=False, staging_warps=staging_warps
+            staged, ring, vectors, column, 2, computed, run=2, step=8, packs=False, staging_warps=staging_warps
         )
 
     @staticmethod
     def of_row(spec, row: Int32, staged: cute.Tensor, ring: MbarrierRing):
         """For one row, all columns of which the thread has."""
         return BiasOfRows(
-            staged, ring, _vectors(spec, [row]), Int32(0), rows=1, run=4, step=4, packs=True, staging_warps=0
+            staged, ring, _vectors(spec, [row]), Int32(0), 1, 1, run=4, step=4, packs=True, staging_warps=0
         )
 
     @cute.jit
@@ -514,7 +518,7 @@ class BiasOfRows:
         for j in cutlass.range_constexpr(cute.size(scores) // (self.rows * self.run)):
             first = self.column + column + self.step * j
             biases = [self._biases(staged[None, vector], first) for vector in self.vectors]
-            for r in cutlass.range_constexpr(self.rows):
+            for r in cutlass.range_constexpr(self.computed):
                 for c in cutlass.range_constexpr(0, self.run, 2):
                     bias, i = biases[r % len(biases)], (j * self.rows + r) * self.run + c
                     sums = self._sums((scores[i], scores[i + 1]), (bias[c], bias[c + 1]))

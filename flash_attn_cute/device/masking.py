@@ -30,8 +30,9 @@ class RowLimits(NamedTuple):
 
 @cute.jit
 def mask_scores(scores: cute.Tensor, rows: tuple, kv_tile: Int32, tile_n: int):
-    """Sets to -inf what the rows do not see. `scores` is flat: element 4j + 2r + c is row r, column 8j + c."""
-    for r in cutlass.range_constexpr(2):
+    """Sets to -inf what the rows do not see. `scores` is flat: element 4j + 2r + c is row r, column 8j + c. rows: the
+    limits of both, or of the first alone."""
+    for r in cutlass.range_constexpr(len(rows)):
         limits = rows[r]
         end = limits.end - kv_tile * tile_n
         first = Int32(0) if const_expr(limits.first is None) else limits.first - kv_tile * tile_n

@@ -36,7 +36,7 @@ class QuerySide(NamedTuple):
 
 @dataclass(frozen=True)
 class BiasOfQueries:
-    """What one thread of a consumer warpgroup adds to its two rows of scores."""
+    """What one thread of a consumer warpgroup adds to its rows of scores."""
 
     spec: QuerySideSpec
     masks: tuple  # of each row: (max_seqlen_k,); empty where there is no mask
@@ -47,20 +47,22 @@ class BiasOfQueries:
     tile_n: int
 
     @staticmethod
-    def create(spec, rows: OutputRows, seqlens: Seqlens, column: Int32, source: QuerySide):
-        """spec: a ForwardSpec with a `query_side`; rows: the thread's.
+    def create(spec, rows: OutputRows, computed: int, seqlens: Seqlens, column: Int32, source: QuerySide):
+        """spec: a ForwardSpec with a `query_side`; rows: the thread's, of which the first `computed` are added to.
 
         Rows that are no queries take the numbers of one that is, and keys behind the last those of the last: what comes
         of either is dropped, and nothing outside of a sequence is read.
         """
         kinds = spec.query_side
-        tokens = [cutlass.max(cutlass.min(rows.token(r), seqlens.len_q - 1), 0) for r in range(2)]
+        tokens = [cutlass.max(cutlass.min(rows.token(r), seqlens.len_q - 1), 0) for r in range(computed)]
         q_rows = [seqlens.offset_q + token for token in tokens]
-        in_group = [Int32(0)] * 2
+        in_group = [Int32(0)] * computed
         head_q, head_kv = rows.work.head, rows.work.head // spec.qheads_per_kvhead
         if spec.packed:
             head_q, head_kv = rows.work.head * spec.qheads_per_kvhead, rows.work.head
-            in_group = [cutlass.min(rows.row(r) % spec.rows_per_token, spec.qheads_per_kvhead - 1) for r in range(2)]
+            in_group = [
+                cutlass.min(rows.row(r) % spec.rows_per_token, spec.qheads_per_kvhead - 1) for r in range(computed)
+            ]
 
         def of_rows(x: cute.Tensor | None, kind: str | None) -> tuple:
             if kind is None:
@@ -82,7 +84,7 @@ class BiasOfQueries:
             if first + 8 * j <= self.last:
                 for c in cutlass.range_constexpr(2):
                     key = cutlass.min(first + 8 * j + c, self.last)
-                    for r in cutlass.range_constexpr(2):
+                    for r in cutlass.range_constexpr(max(len(self.masks), len(self.biases))):
                         bias, i = self._value(r, key), 4 * j + 2 * r + c
                         # Selected, and not only added: what is masked may be NaN.
                         scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias

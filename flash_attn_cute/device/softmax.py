@@ -36,7 +36,10 @@ def tanh(x: Float32) -> Float32:
 
 @dataclass(frozen=True)
 class OnlineSoftmax:
-    """State of the two rows that a thread holds in an accumulator: flat element 4j + 2r + c is row r, column 8j + c."""
+    """State of the two rows that a thread holds in an accumulator: flat element 4j + 2r + c is row r, column 8j + c.
+
+    Where only the first is a query's, `rows` of 1 leaves the other alone.
+    """
 
     scale_log2: Float32
     row_max: cute.Tensor
@@ -50,12 +53,13 @@ class OnlineSoftmax:
     def reset(self):
         self.row_max.fill(-Float32.inf)
         self.row_sum.fill(0.0)
+        self.row_scale.fill(1.0)
 
     @cute.jit
-    def update(self, scores: cute.Tensor):
+    def update(self, scores: cute.Tensor, rows: cutlass.Constexpr):
         """Replaces scores by exp2(scale * (score - row maximum)) and takes them into the running maximum and sum."""
         columns = cute.size(scores) // 2
-        for r in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(rows):
             previous = self.row_max[r]
             chains = [previous] + [self._score(scores, r, i) for i in range(1, CHAINS)]
             chains[0] = cute.arch.fmax(chains[0], self._score(scores, r, 0))
@@ -84,10 +88,10 @@ class OnlineSoftmax:
         return scores[4 * (i // 2) + 2 * row + i % 2]
 
     @cute.jit
-    def rescale(self, accumulator: cute.Tensor):
+    def rescale(self, accumulator: cute.Tensor, rows: cutlass.Constexpr):
         """Multiplies the flat output accumulator by the factors of the last update."""
         for j in cutlass.range_constexpr(cute.size(accumulator) // 4):
-            for r in cutlass.range_constexpr(2):
+            for r in cutlass.range_constexpr(rows):
                 for c in cutlass.range_constexpr(2):
                     accumulator[4 * j + 2 * r + c] = accumulator[4 * j + 2 * r + c] * self.row_scale[r]
 
