@@ -8,7 +8,7 @@ and replayed ("ours graph"), the call that plans itself ("ours in-call"), the ba
 one size ("ours invariant", and its graph), and peers, in turn with a cold L2, medians.
 In the same rounds a kernel that only reads as many bytes ("read alone"): it says what of the distance to the floor is
 the launch, which every kernel pays for. And all of these as the layers of a model call them ("in layers", see
-benchmarks/layers.py): a graph of eight calls, each over keys and values of its own, time a call.
+benchmarks/layers.py): a graph of up to 16 calls, each over keys and values of its own, time a call.
 Pages lie in random order in a pool that is larger than needed; entries of the table past the used length are -1.
 Last comes the host time of a call, and the list that decode must show, computed from these rows. The GPU time of a plan
 made before is the shorter of the eager and the replayed call: it is one kernel, reached on two ways.
@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 import torch
 
 from benchmarks import report as show
-from benchmarks.layers import IN_LAYERS, LAYERS, PeerInLayers, VariantInLayers, graph_of
+from benchmarks.layers import IN_LAYERS, LAYER_BYTES, PeerInLayers, VariantInLayers, graph_of, layers_of
 from benchmarks.paged import PagedInputs
 from benchmarks.peers import Attention, AttentionInputs
 from benchmarks.rows import Row, best_seconds, run_once
@@ -122,13 +122,14 @@ def measure(case: Case, bench: Bench) -> Row:
     """The row of a case, with `read_alone_seconds` beside it, and `read_in_layers_seconds`."""
     bench = replace(bench, peers=[*bench.peers, *map(PeerInLayers, bench.peers)])
     prepared = bench.prepare(case, VARIANTS)
-    readers = [reader_of(case.workload.min_bytes, bench.device) for _ in range(LAYERS)]
+    readers = [reader_of(case.workload.min_bytes, bench.device) for _ in range(layers_of(case.workload))]
     reading = {READ_ALONE: readers[0]}
     if bench.device == "cuda":
         reading[READ_IN_LAYERS] = graph_of(readers)
     timings = bench.time(prepared.candidates | reading)
     alone, layers = timings.pop(READ_ALONE), timings.pop(READ_IN_LAYERS, None)
     return prepared.row(bench.ceilings, timings) | {
+        "layers": layers_of(case.workload),
         "read_alone_seconds": alone.seconds,
         "read_in_layers_seconds": layers and layers.seconds,
     }
@@ -191,7 +192,7 @@ def must_show(report: dict[str, Any]) -> list[Target]:
         ),
         *(
             Target(
-                f"{what}, {LAYERS} layers in a graph: part of the read bandwidth",
+                f"{what}, layers in a graph: part of the read bandwidth",
                 bandwidth(PRESETS[preset](), (OURS_IN_LAYERS,)),
                 least,
             )
@@ -273,13 +274,15 @@ def bandwidth_table(
 def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
     rows = report["rows"]
     names = [*(variant.name for variant in VARIANTS), *peers]
+    counts = sorted({row["layers"] for row in rows}, reverse=True)
+    layers = f"{' or '.join(map(str, counts))}, as many as {LAYER_BYTES >> 30} GiB hold"
     found = [
         show.row_table("Decode (d128, causal, bf16, 32/8 heads where not said)", rows, peers),
         show.time_table("Microseconds", rows, names),
         bandwidth_table(report, "A call alone", names, PLANNED, (READ_ALONE, "read_alone_seconds")),
         bandwidth_table(
             report,
-            f"{LAYERS} layers in a graph, a call",
+            f"Layers in a graph, a call ({layers})",
             [OURS_IN_LAYERS, *(f"{peer} {IN_LAYERS}" for peer in peers)],
             (OURS_IN_LAYERS,),
             (READ_IN_LAYERS, "read_in_layers_seconds"),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import decode, mixed, peers, serving_peers, varlen_scheduler
+from benchmarks import decode, layers, mixed, peers, serving_peers, varlen_scheduler
 from benchmarks.paged import PagedInputs
 from benchmarks.rows import best_seconds, ratio
 from benchmarks.serving import Bench, Case
@@ -102,6 +102,53 @@ class TestVariants:
             assert len(made) == expected
 
 
+class TestLayers:
+    @pytest.mark.parametrize("page_size", [None, 4])
+    def test_each_layer_reads_keys_of_its_own(self, monkeypatch, page_size):
+        monkeypatch.setattr(layers, "captured", lambda call: call)
+        contiguous, paged = inputs_of(SMALL, 4)
+        inputs = contiguous if page_size is None else paged
+        seen = []
+
+        def make(layer):
+            seen.append(layer)
+            return Variant("v", "cached", num_splits=0).make(SMALL, layer)
+
+        step = layers.in_layers(make, SMALL, inputs)
+        assert step.calls == len(seen) == layers.MOST_LAYERS
+        assert len({layer.k.data_ptr() for layer in (*seen, inputs)}) == len(seen) + 1
+        assert len({layer.v.data_ptr() for layer in (*seen, inputs)}) == len(seen) + 1
+        assert torch.equal(step(), Variant("v").make(SMALL, contiguous)())
+
+    @pytest.mark.parametrize(("tolerance", "passes"), [(0.0, False), (2**-6, True)])
+    def test_a_layer_that_computes_something_else_is_found(self, monkeypatch, tolerance, passes):
+        monkeypatch.setattr(layers, "captured", lambda call: call)
+        outputs = iter([torch.ones(2), *[torch.full((2,), 1.01)] * 100])
+
+        def make(layer):
+            output = next(outputs)
+            return lambda: output
+
+        contiguous, _ = inputs_of(SMALL, 4)
+        if passes:
+            layers.in_layers(make, SMALL, contiguous, tolerance)
+        else:
+            with pytest.raises(ValueError, match="differ by 0.01"):
+                layers.in_layers(make, SMALL, contiguous, tolerance)
+
+    def test_as_many_layers_as_memory_holds_and_two_at_least(self):
+        assert layers.layers_of(decode.MQA) == layers.MOST_LAYERS
+        assert layers.layers_of(decode.RAGGED) * decode.RAGGED.min_bytes <= layers.LAYER_BYTES
+        assert layers.layers_of(decode.decode("large", [2**20] * 8)) == 2
+
+    def test_the_time_is_that_of_one_call(self):
+        def step():
+            return None
+
+        step.calls = 4
+        assert small_bench().time({"step": step})["step"].seconds == pytest.approx(1e-6 / 4)
+
+
 class TestBench:
     @pytest.mark.parametrize("page_size", [None, 4])
     def test_a_row_holds_every_candidate_checked_and_timed(self, page_size):
@@ -165,6 +212,7 @@ class TestDecode:
         rows = [answered(case, case.workload.min_bytes / (part * 4e12)) for case in decode.all_presets()]
         for row in rows:  # reading alone at 0.99 of the bandwidth, the rest is its launch
             row["read_alone_seconds"] = row["read_in_layers_seconds"] = row["min_bytes"] / (0.99 * 4e12)
+            row["layers"] = layers.layers_of(decode.MANY)
             in_layers = row["results"]["ours"]["seconds"] / 1.01
             row["results"][decode.OURS_IN_LAYERS] = {"seconds": in_layers, "correct": True, "microseconds": 1.0}
         return report_of(rows, **more)
