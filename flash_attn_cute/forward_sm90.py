@@ -631,13 +631,13 @@ class ForwardSm90:
             wgmma.flat(me.o).fill(0.0)
             if const_expr(tile.consumers > 1):
                 if self._has_queries(me, work, seqlens):
-                    kv_position = self._keys(
+                    kv_position = self._keys_of_rows(
                         me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
                     )
                 else:
                     kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
             else:
-                kv_position = self._keys_of_few(
+                kv_position = self._keys_of_rows(
                     me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
                 )
             rings.q.release_converged(q_position)
@@ -706,7 +706,7 @@ class ForwardSm90:
             rings.bias.release(position)
 
     @cute.jit
-    def _keys_of_few(
+    def _keys_of_rows(
         self,
         me: Consumer,
         stages: Stages,
@@ -719,11 +719,13 @@ class ForwardSm90:
         q_position: RingPosition,
         kv_position: RingPosition,
     ):
-        """`_keys` of a tile for few rows. Most decodes have no more than 8, which are the first of a thread's two: then
-        it computes one, with two thirds of the instructions. What goes through the products for the other, scores as
-        they are, is dropped: it is no query."""
+        """`_keys`. Most decodes have no more than 8 rows, which are the first of a thread's two: then it computes one,
+        with two thirds of the instructions. What goes through the products for the other, scores as they are, is
+        dropped: it is no query."""
         spec = self.spec
-        if const_expr(spec.rows_per_token > ROW_STEP):
+        # A large tile has a decode where a plan mixes them; beside a bias it has no registers for both ways.
+        mixes = spec.tile.consumers == 1 or (tensors.work is not None and spec.key_side is None)
+        if const_expr(spec.rows_per_token > ROW_STEP or not mixes):
             return self._keys(me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position)
         num_rows = (seqlens.len_q - work.m_block * spec.tokens_per_tile) * spec.rows_per_token
         if num_rows <= ROW_STEP:
