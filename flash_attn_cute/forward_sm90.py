@@ -21,7 +21,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from flash_attn_cute.device import ragged_tma, wgmma
 from flash_attn_cute.device.dependent_launch import let_dependents_start, wait_for_prerequisites
-from flash_attn_cute.device.key_bias import BiasOfRows, KeyBiasStager, KeySide, allocate_staged
+from flash_attn_cute.device.key_bias import CLEARS, BiasOfRows, KeyBiasStager, KeySide, allocate_staged, told_of
 from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.masking import RowLimits, mask_scores
 from flash_attn_cute.device.output_rows import ROW_STEP, OutputRows
@@ -116,6 +116,7 @@ class Consumer:
     o: cute.Tensor
     softmax: OnlineSoftmax
     rows: int  # how many of the two rows that a thread holds are computed
+    cleared: cute.Tensor | None  # beside a bias, of each staging warp: what it told of the KV tile, clearings so far
 
 
 class Biases(NamedTuple):
@@ -133,7 +134,7 @@ class Rings:
     k: MbarrierRing
     v: MbarrierRing
     bias: MbarrierRing | None
-    values: MbarrierRing | None  # full: hidden values have been cleared; nobody releases
+    cleared: tuple  # of each staging warp; full: once more hidden values have been cleared; nobody releases
     tiles: TileMailbox
 
 
@@ -267,7 +268,8 @@ class ForwardSm90:
                 rings.v.init(full_arrivals=key_arrivals, empty_arrivals=self.consumer_warps)
                 if const_expr(spec.key_side is not None):
                     rings.bias.init(full_arrivals=self.bias_warps, empty_arrivals=self.consumer_warps)
-                    rings.values.init(full_arrivals=self.bias_warps, empty_arrivals=1)
+                    for ring in rings.cleared:
+                        ring.init(full_arrivals=1, empty_arrivals=1)
                 rings.tiles.init()
                 cute.arch.mbarrier_init_fence()
         wait_for_prerequisites()
@@ -317,7 +319,7 @@ class ForwardSm90:
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
             None if self.spec.key_side is None else MbarrierRing(barriers(BIAS_STAGES), BIAS_STAGES),
-            None if self.spec.key_side is None else MbarrierRing(barriers(tile.kv_stages), tile.kv_stages),
+            tuple(MbarrierRing(barriers(tile.kv_stages), tile.kv_stages) for _ in range(self.bias_warps)),
             TileMailbox(slots, MbarrierRing(barriers(MAILBOX_STAGES), MAILBOX_STAGES), readers),
         )
 
@@ -463,7 +465,10 @@ class ForwardSm90:
         """
         spec = self.spec
         stager = self._stager(stages, rings, tensors, scalars, warp)
-        tile_position = q_position = position = MbarrierRing.start()
+        tile_position = q_position = position = times = MbarrierRing.start()
+        cleared = rings.cleared[0]
+        if const_expr(self.bias_warps > 1):
+            cleared = replace(cleared, full=cleared.full + warp * MbarrierRing.words(cleared.stages))
         work, seqlens = rings.tiles.receive(tile_position)
         if work.is_work():
             first = None
@@ -480,28 +485,29 @@ class ForwardSm90:
                     if const_expr(stager.holds)
                     else self._find_bias(stager, work, seqlens, window, tensors, scalars)
                 )
-                stager.stage(position, given, place)
+                hidden = stager.stage(position, given, place)
                 given, found = stager.read(found, place), stager.find(number, place)
                 number = kv_tile(spec, tensors, kv.end - 4, kv.first)
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
-                    stager.stage(position.next(), given, place)
+                    following = stager.stage(position.next(), given, place)
                     given, found = stager.read(found, place), stager.find(number, place)
                     number = kv_tile(spec, tensors, kv.end - 4 - i, kv.first)
-                    stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                    times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
+                    hidden = following
                     position = position.next()
                 tile_position = tile_position.next()
                 if const_expr(stager.holds):
                     is_long = self._is_long(kv)
                     if not is_long:
-                        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                        times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
                     work, seqlens = rings.tiles.receive(tile_position)
                     first = given, found, number  # of no more work, as good as any
                     if work.is_work():
                         first = self._find_bias(stager, work, seqlens, window, tensors, scalars)
                     if is_long:
-                        stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                        times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
                 else:
-                    stager.clear_hidden_values(position, stages.v, rings.v, position, rings.values)
+                    times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
                     work, seqlens = rings.tiles.receive(tile_position)
                 position = position.next()
 
@@ -600,6 +606,7 @@ class ForwardSm90:
             cute.make_rmem_tensor(o_slice.partition_shape_C((tile.tile_m, tile.head_dim_v)), Float32),
             OnlineSoftmax.create(scale * LOG2_E),
             rows=2,
+            cleared=None if self.spec.key_side is None else cute.make_rmem_tensor((2, self.bias_warps), Int32),
         )
 
     @cute.jit
@@ -618,6 +625,8 @@ class ForwardSm90:
         work through the epilogue; with sequences of one KV tile that is half of all products.
         """
         tile = self.spec.tile
+        if const_expr(self.spec.key_side is not None):
+            me.cleared.fill(0)
         if me.warpgroup == 0:
             self._give_turn(Int32(tile.consumers - 1))  # to warpgroup 0 itself: it issues first
         tile_position = q_position = kv_position = MbarrierRing.start()
@@ -635,14 +644,12 @@ class ForwardSm90:
                         me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
                     )
                 else:
-                    kv_position = self._pass_keys(me, rings, window, work, seqlens, kv_position)
+                    kv_position = self._pass_keys(me, stages, rings, window, work, seqlens, kv_position)
             else:
                 kv_position = self._keys_of_rows(
                     me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
                 )
             rings.q.release_converged(q_position)
-            if const_expr(self.rescale_late):
-                me.softmax.rescale(wgmma.flat(me.o), me.rows)
             self._issue_output(me, rings, kv_position, fence=True)
 
             tile_position = tile_position.next()
@@ -680,30 +687,43 @@ class ForwardSm90:
 
     @cute.jit
     def _pass_keys(
-        self, me: Consumer, rings: Rings, window: Window, work: WorkTile, seqlens: Seqlens, position: RingPosition
+        self,
+        me: Consumer,
+        stages: Stages,
+        rings: Rings,
+        window: Window,
+        work: WorkTile,
+        seqlens: Seqlens,
+        position: RingPosition,
     ):
         """`_keys` for a consumer without queries: it leaves the tensor cores to the others, and goes along."""
         # As words: as 16-bit floats the compiler keeps halves, and joins them behind the fence of the product.
         cute.recast_tensor(me.p, Int32).fill(0)
         rings.k.release_converged(position)
-        self._pass_bias(rings, position)
+        self._pass_bias(me, stages, rings, position)
         for _ in cutlass.range(kv_range(self.spec, work, seqlens, window).num_tiles() - 1, unroll=1):
             following = position.next()
             rings.k.wait_full(following)
             self._wait_turn(me.warpgroup)
             self._give_turn(me.warpgroup)
             rings.k.release(following)
-            self._pass_bias(rings, following)
-            (rings.v if const_expr(self.spec.key_side is None) else rings.values).wait_full(position)
+            self._wait_values(me, rings, position)
+            self._pass_bias(me, stages, rings, following)
             rings.v.release(position)
             position = following
         return position
 
     @cute.jit
-    def _pass_bias(self, rings: Rings, position: RingPosition):
+    def _pass_bias(self, me: Consumer, stages: Stages, rings: Rings, position: RingPosition):
         if const_expr(self.spec.key_side is not None):
             rings.bias.wait_full(position)
+            self._hear(me, told_of(stages.bias, rings.bias, position, self.bias_warps))
             rings.bias.release(position)
+
+    def _hear(self, me: Consumer, told: tuple):
+        """Keeps what staging warps tell of a KV tile until its values are waited for."""
+        for warp in range(self.bias_warps):
+            me.cleared[0, warp] = told[warp]
 
     @cute.jit
     def _keys_of_rows(
@@ -814,8 +834,6 @@ class ForwardSm90:
         self._wait_keys(rings.k, following)
         self._wait_turn(me.warpgroup)
         self._issue_scores(me, rings, q_position, following, fence=True)
-        if const_expr(self.rescale_late):
-            me.softmax.rescale(wgmma.flat(me.o), me.rows)
         self._issue_output(me, rings, position, fence=self.rescale_late)
         self._give_turn(me.warpgroup)
         warpgroup.wait_group(1)
@@ -841,6 +859,15 @@ class ForwardSm90:
             cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
+    def _wait_values(self, me: Consumer, rings: Rings, position: RingPosition):
+        """Until values are there, and those that a staging warp clears are cleared."""
+        self._wait_keys(rings.v, position)
+        for warp in cutlass.range_constexpr(self.bias_warps):
+            if me.cleared[0, warp] & CLEARS != 0:
+                rings.cleared[warp].wait_full(RingPosition(me.cleared[1, warp]))
+                me.cleared[1, warp] = me.cleared[1, warp] + 1
+
+    @cute.jit
     def _issue_scores(
         self, me: Consumer, rings: Rings, q_position: RingPosition, k_position: RingPosition, fence: cutlass.Constexpr
     ):
@@ -849,8 +876,14 @@ class ForwardSm90:
 
     @cute.jit
     def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition, fence: cutlass.Constexpr):
-        # Hidden values are cleared behind their loading.
-        self._wait_keys(rings.v if const_expr(self.spec.key_side is None) else rings.values, position)
+        # Rescaled while values are waited for, or behind it where that is a branch: across one the compiler moves the
+        # last of it behind the fence of the product.
+        if const_expr(self.spec.key_side is not None):
+            self._wait_values(me, rings, position)
+        if const_expr(self.rescale_late):
+            me.softmax.rescale(wgmma.flat(me.o), me.rows)
+        if const_expr(self.spec.key_side is None):
+            self._wait_values(me, rings, position)
         wgmma.issue(me.o_mma, me.o, me.p, me.v[None, None, None, rings.v.stage(position)], True, fence)
 
     @cute.jit
@@ -863,7 +896,7 @@ class ForwardSm90:
                 if const_expr(i // 2 % 2 < me.rows):
                     s[i] = tanh(s[i] * factor)
         if const_expr(bias.of_keys is not None):
-            bias.of_keys.add(s, position)
+            self._hear(me, bias.of_keys.add(s, position))
         if const_expr(bias.of_queries is not None):
             bias.of_queries.add(s, number)
         if const_expr(limits is not None):

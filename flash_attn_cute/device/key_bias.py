@@ -25,6 +25,7 @@ from flash_attn_cute.tuning import BIAS_STAGES
 WARP = 32
 CHUNK = 8  # elements of 16 bits that a lane writes at once
 MOST_STAGING_WARPS = 4  # as many numbers as there are between vectors, at least
+HIDES, CLEARS = 1, 2  # what a staging warp tells of a KV tile
 # How heads of a mask or a bias belong to query heads.
 ALL_HEADS, KV_HEADS, QUERY_HEADS = "all", "kv", "query"
 
@@ -135,7 +136,7 @@ class KeyBiasStager:
     ring: MbarrierRing
     warp: Int32
     warps: int
-    tells: bool  # whether a key of the tile is hidden: see `_hiding`
+    tells: bool  # whether it hides a key and clears values: see `_told`
     at_once: int  # numbers that a lane reads at once, as many as it has registers for
     ahead: int  # numbers that it can hold from tile to tile: all of a KV tile, or none
 
@@ -210,7 +211,8 @@ class KeyBiasStager:
         return given
 
     @cute.jit
-    def stage(self, position: RingPosition, given: Given, place: Place):
+    def stage(self, position: RingPosition, given: Given, place: Place) -> tuple:
+        """Returns which keys of the warp's groups no head of the tile sees, a bit each; where it does not tell, 0."""
         to = self.staged[None, None, self.ring.stage(position)]
         kv_tile = given.found.kv_tile
         hides = Int32(0)
@@ -231,11 +233,18 @@ class KeyBiasStager:
             self.ring.wait_empty(position)
             for group in cutlass.range_constexpr(self.groups):
                 hides = hides | self._stage_group(to, group, given.found, place)
+        hidden = [Int32(0)] * self.groups
         if const_expr(self.tells):
-            hides = cute.arch.vote_ballot_sync(hides != 0)
+            told = Int32(0)
+            if cute.arch.vote_any_sync(hides != 0):
+                cute.arch.sync_warp()
+                for g in cutlass.range_constexpr(self.groups):
+                    hidden[g] = self._hidden_rows(to, self._group_key(g) + cute.arch.lane_idx())
+                told = Int32(HIDES | CLEARS) if _any(hidden) != 0 else Int32(HIDES)
             if cute.arch.lane_idx() == 0:
-                _hiding(to)[self.warp] = hides
+                _told(to)[self.warp] = told
         self.ring.fill(position)
+        return tuple(hidden)
 
     def _read_all(self, found: Found, place: Place) -> Given:
         held = ([], [])
@@ -360,6 +369,34 @@ class KeyBiasStager:
         return Int32(1) if is_staged and value == -Float32.inf else Int32(0)
 
     @cute.jit
+    def clear_told(
+        self,
+        position: RingPosition,
+        hidden: tuple,
+        values: cute.Tensor,
+        loaded: MbarrierRing,
+        cleared: MbarrierRing,
+        times: RingPosition,
+    ) -> RingPosition:
+        """`clear_hidden_values` of a warp that tells: where `stage` found nothing to clear, nobody waits.
+
+        position: of the KV tile, in the rings of biases and `loaded`, of which it is one stage. hidden: what `stage`
+        returned. cleared: a ring of this warp's own, that counts the `times` it has cleared, and as many stages as
+        `loaded`. Returns how many times it has then.
+
+        A barrier's parity only tells its last phase from the one before. Whoever clears has not looked at all values
+        before; but where the stage of biases behind this one is free, consumers have had the values before these.
+        """
+        if _any(hidden) != 0:
+            self.ring.wait_empty(position.next())
+            loaded.wait_full(position)
+            self._zero(hidden, values, loaded, position)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            cleared.fill(times)
+            times = times.next()
+        return times
+
+    @cute.jit
     def clear_hidden_values(
         self,
         position: RingPosition,
@@ -379,15 +416,23 @@ class KeyBiasStager:
         """
         tile_n = cute.size(self.staged, mode=[0])
         staged = self.staged[None, None, self.ring.stage(position)]
+        lane = cute.arch.lane_idx()
+        hidden = [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
+        for piece in cutlass.range_constexpr(tile_n // cute.size(values, mode=[0])):
+            loaded.wait_full(first_piece.advanced(piece))
+        self._zero(hidden, values, loaded, first_piece)
+        # The tensor cores read them through the async proxy.
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cleared.fill(position)
+
+    @cute.jit
+    def _zero(self, hidden, values: cute.Tensor, loaded: MbarrierRing, first_piece: RingPosition):
+        """The rows of a KV tile's values that `hidden` has, a bit each."""
         piece_rows = cute.size(values, mode=[0])
         chunks_a_row = cute.size(values, mode=[1]) // CHUNK
         zeros = cute.make_rmem_tensor(CHUNK, values.element_type)
         zeros.fill(0.0)
         lane = cute.arch.lane_idx()
-        hidden = self._hidden_rows_of_groups(staged)
-        pieces = tile_n // piece_rows
-        for piece in cutlass.range_constexpr(pieces):
-            loaded.wait_full(first_piece.advanced(piece))
         stage = loaded.stage(first_piece)
         # A lane a chunk of a row, and row after row: as a rule few are hidden.
         for g in cutlass.range_constexpr(self.groups):
@@ -396,7 +441,7 @@ class KeyBiasStager:
                 highest = 31 - Int32(cute.arch.clz(rows))
                 rows = rows ^ (Int32(1) << highest)
                 in_tile = self._group_key(g) + highest
-                if const_expr(pieces == 1 and self.tells):
+                if const_expr(self.tells):
                     # Rows by 8, as the swizzle has them, and one stage for all: 13 instructions a row instead of 50.
                     # On Blackwell, where no warp tells, there is no register for the stage.
                     row = values[(in_tile & 7, in_tile >> 3), None, stage]
@@ -406,29 +451,6 @@ class KeyBiasStager:
                 chunks = cute.logical_divide(row, cute.make_layout(CHUNK))
                 if lane < chunks_a_row:
                     cute.autovec_copy(zeros, chunks[None, lane])
-        # The tensor cores read them through the async proxy. Without a hidden row there is nothing to fence, and it
-        # may wait for what is being read ahead.
-        if const_expr(self.tells):
-            is_any_hidden = hidden[0]
-            for g in cutlass.range_constexpr(1, self.groups):
-                is_any_hidden = is_any_hidden | hidden[g]
-            if is_any_hidden != 0:
-                cute.arch.fence_proxy("async.shared", space="cta")
-        else:
-            cute.arch.fence_proxy("async.shared", space="cta")
-        cleared.fill(position)
-
-    @cute.jit
-    def _hidden_rows_of_groups(self, staged: cute.Tensor) -> list:
-        """`_hidden_rows` of each of the warp's groups. Where it tells that it hid nothing, they are not looked at."""
-        lane = cute.arch.lane_idx()
-        if const_expr(not self.tells):
-            return [self._hidden_rows(staged, self._group_key(g) + lane) for g in range(self.groups)]
-        hidden = [Int32(0)] * self.groups
-        if _hiding(staged)[self.warp] != 0:
-            for g in cutlass.range_constexpr(self.groups):
-                hidden[g] = self._hidden_rows(staged, self._group_key(g) + lane)
-        return hidden
 
     @cute.jit
     def _hidden_rows(self, staged: cute.Tensor, row: Int32) -> Int32:
@@ -440,10 +462,27 @@ class KeyBiasStager:
         return cute.arch.vote_ballot_sync(is_hidden)
 
 
-def _hiding(staged: cute.Tensor) -> cute.Tensor:
-    """Behind the first vector of a stage, an int32 a staging warp: other than 0 where it has hidden a key."""
+def _any(hidden) -> Int32:
+    """Not 0 where one of these is not."""
+    result = hidden[0]
+    for of_group in hidden[1:]:
+        result = result | of_group
+    return result
+
+
+def _told(staged: cute.Tensor) -> cute.Tensor:
+    """Behind the first vector of a stage, an int32 a staging warp: whether it HIDES a key, whether it CLEARS values.
+
+    It clears those of keys that all heads of the tile do not see, which it hides from each.
+    """
     pad = cute.make_tensor(staged.iterator + cute.size(staged, mode=[0]), cute.make_layout(MOST_STAGING_WARPS))
     return cute.recast_tensor(pad, Int32)
+
+
+def told_of(staged: cute.Tensor, ring: MbarrierRing, position: RingPosition, staging_warps: int) -> tuple:
+    """What each staging warp tells of the KV tile at `position`, once it is full."""
+    told = _told(staged[None, None, ring.stage(position)])
+    return tuple(told[warp] for warp in range(staging_warps))
 
 
 def _prefetch(x: cute.Tensor, coordinate):
@@ -489,20 +528,20 @@ class BiasOfRows:
 
     @cute.jit
     def add(self, scores: cute.Tensor, position: RingPosition):
-        """To the scores of the KV tile at `position` of the ring, of which the warp then has no more need."""
+        """To the scores of the KV tile at `position` of the ring, of which the warp then has no more need. Returns what
+        each staging warp tells of it."""
         self.ring.wait_full(position)
         if const_expr(self.staging_warps == 0):
             self.add_from(scores, position, 0)
+            told = ()
         else:
-            hiding = _hiding(self.staged[None, None, self.ring.stage(position)])
-            hides = hiding[0]
-            for warp in cutlass.range_constexpr(1, self.staging_warps):
-                hides = hides | hiding[warp]
-            if hides != 0:
+            told = told_of(self.staged, self.ring, position, self.staging_warps)
+            if _any(told) != 0:
                 self.add_from(scores, position, 0)
             else:
                 self.add_from(scores, position, 0, hides=False)
         self.ring.release(position)
+        return told
 
     @cute.jit
     def add_from(

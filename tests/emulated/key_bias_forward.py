@@ -144,6 +144,30 @@ def check_hidden_nan(**options):
     assert_same(attention(tensors._replace(k=k, v=v, key_mask=mask, key_bias=bias), **options), expected)
 
 
+@pytest.mark.parametrize("max_seqlen_q", [3, None], ids=["few rows", "large tile"])
+def test_tiles_that_clear_values_among_others(emulation, max_seqlen_q):
+    """By a bias of -inf, so that no tile is skipped: the first and the last that are visited, two in a row, one whole.
+
+    Those between have nothing to clear, and whoever clears one has not waited for their values.
+    """
+    tensors = build_tensors([3, 2, 1], [1100, 260, 700], **PLAIN)
+    hidden = [range(3, 9), range(300, 310), range(400, 401), range(640, 768), range(1095, 1100)]
+    hidden += [range(1100 + 255, 1100 + 260), range(1360 + 140, 1360 + 150)]
+    rows = torch.tensor([key for keys in hidden for key in keys], device=CUDA)
+    bias = torch.zeros(tensors.k.shape[0], 1, device=CUDA)
+    bias[rows] = -float("inf")
+    v = tensors.v.clone()
+    v[rows] = float("nan")
+    options = {"causal": True, "max_seqlen_q": max_seqlen_q}
+    expected = attention(tensors._replace(key_bias=bias), **options)
+    with_bias = tensors._replace(key_bias=bias)
+    assert_close_to_reference(*expected, with_bias, problem_of(with_bias, **options))
+    for schedule, seed in (("in-order", 0), ("random", 1), ("random", 2), ("delayed", 1), ("delayed", 2)):
+        emulation.reschedule(schedule, seed)
+        assert_same(attention(with_bias._replace(v=v), **options), expected)
+    emulation.reschedule("in-order")
+
+
 def test_rows_without_a_key_left_and_what_hides_one(emulation):
     tensors = build_tensors([5, 3], [70, 150], **PLAIN)
     rows = tensors.k.shape[0]
