@@ -143,6 +143,57 @@ def test_a_graph_replays_with_other_lengths():
         assert_close_to_reference(*captured, tensors, problem_of(tensors, causal=True))
 
 
+@pytest.mark.parametrize("how", ["split", "not split", "planned in the call", "without a plan"])
+def test_a_call_reads_what_the_one_before_it_wrote(how):
+    """Launches begin while those before them finish. In a chain of calls each one's queries are the output of the one
+    before, or the keys are written by a kernel in between, on this stream or another, or by a copy: with and without
+    waiting for the GPU after each, eager and replayed, the bits are the same."""
+    torch.manual_seed(0)
+    layers = [
+        build_tensors([1] * 5, [20000, 300, 5, 1000, 4096], head_dim=128, heads=8, kv_heads=2, device=CUDA)
+        for _ in range(4)
+    ]
+    keys, other = torch.empty_like(layers[0].k), torch.cuda.Stream()
+    options = {"causal": True, "num_splits": 0}
+    options |= {
+        "split": lambda: {"scheduler_metadata": plan_of(layers[0], causal=True)},
+        "not split": lambda: {"scheduler_metadata": plan_of(layers[0], 1, causal=True), "num_splits": 1},
+        "planned in the call": dict,
+        "without a plan": lambda: {"scheduler_metadata": False, "num_splits": 1},
+    }[how]()
+
+    def chain(between):
+        q = layers[0].q
+        for step in range(12):
+            layer = layers[step % len(layers)]
+            if step % 4 == 1:
+                torch.mul(layer.k, 0.5, out=keys)
+            elif step % 4 == 2:
+                keys.copy_(layer.k)
+            elif step % 4 == 3:
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    torch.mul(layer.k, 2.0, out=keys)
+                torch.cuda.current_stream().wait_stream(other)
+            between()
+            q, _ = attention(layer._replace(q=q, k=keys if step % 4 else layer.k), **options)
+            between()
+        return q
+
+    expected = chain(torch.cuda.synchronize)
+    assert not expected.isnan().any()
+    for _ in range(20):
+        assert torch.equal(chain(lambda: None), expected)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for _ in range(20):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
 def test_a_plan_serves_many_layers_and_streams_in_turn():
     tensors = build_tensors([1] * 8, [9000, 30, 500, 0, 900, 2000, 1, 4000], head_dim=128, heads=8, device=CUDA)
     plan = plan_of(tensors, causal=True)
