@@ -116,7 +116,8 @@ class Consumer:
     o: cute.Tensor
     softmax: OnlineSoftmax
     rows: int  # how many of the two rows that a thread holds are computed
-    cleared: cute.Tensor | None  # beside a bias, of each staging warp: what it told of the KV tile, clearings so far
+    told: cute.Tensor | None  # beside a bias: what each staging warp tells of the KV tile whose values come next
+    clearings: cute.Tensor | None  # likewise: how often it has cleared values so far
 
 
 class Biases(NamedTuple):
@@ -136,6 +137,16 @@ class Rings:
     bias: MbarrierRing | None
     cleared: tuple  # of each staging warp; full: once more hidden values have been cleared; nobody releases
     tiles: TileMailbox
+
+
+class Launch(NamedTuple):
+    """What every role of a CTA works with."""
+
+    stages: Stages
+    rings: Rings
+    window: Window
+    tensors: ForwardTensors
+    scalars: ForwardScalars
 
 
 class ForwardSm90:
@@ -275,31 +286,31 @@ class ForwardSm90:
         wait_for_prerequisites()
         cute.arch.sync_threads()
 
-        window = window_of(spec, scalars)
+        launch = Launch(stages, rings, window_of(spec, scalars), tensors, scalars)
         registers = spec.tile.registers(spec.gathers or spec.key_side is not None)
         if warp < 4:
             cute.arch.setmaxregister_decrease(registers[0])
             if warp == LOAD_WARP:
                 if const_expr(not spec.gathers):
-                    self.load(operands, stages, rings, window, tensors, scalars, None)
+                    self.load(operands, launch, None)
                 elif const_expr(spec.key_side is None):
-                    self.load_queries(operands, stages, rings, tensors)
+                    self.load_queries(operands, launch)
                 else:
-                    self.stage_bias(operands, stages, rings, window, tensors, scalars, Int32(0))
+                    self.stage_bias(operands, launch, Int32(0))
             if warp == SCHEDULE_WARP:
                 order = tile_order(spec, tensors, scalars, source)
                 scheduler = TileScheduler(tensors.semaphore, scalars.short_from)
-                schedule(spec, order, scheduler, rings.tiles, window, tensors)
+                schedule(spec, order, scheduler, rings.tiles, launch.window, tensors)
             if warp >= FIRST_SPARE_WARP:
                 if const_expr(spec.gathers):
                     gatherer = warp - FIRST_SPARE_WARP
-                    self.load(operands, stages, rings, window, tensors, scalars, gatherer)
+                    self.load(operands, launch, gatherer)
                 elif const_expr(spec.key_side is not None):
-                    self.stage_bias(operands, stages, rings, window, tensors, scalars, warp - FIRST_SPARE_WARP)
+                    self.stage_bias(operands, launch, warp - FIRST_SPARE_WARP)
         else:
             cute.arch.setmaxregister_increase(registers[1])
-            consumer = self._consumer(s_mma, o_mma, stages, scalars)
-            self.compute(consumer, stages, rings, window, tensors, scalars)
+            consumer = self._consumer(s_mma, o_mma, launch)
+            self.compute(consumer, launch)
 
     def _allocate(self, smem: SmemAllocator, operand: Operand) -> cute.Tensor:
         layout = operand.smem_layout
@@ -327,18 +338,14 @@ class ForwardSm90:
     def load(
         self,
         operands: Operands,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
+        launch: Launch,
         gatherer: Int32 | None,
     ):
         """A loading warp: for every tile Q, then K one KV tile ahead of V, in the order in which they are needed.
 
         Where keys are gathered, the warps that do so, which are numbered by `gatherer`, have K and V alone.
         """
-        spec = self.spec
+        spec, (stages, rings, window, tensors, _) = self.spec, launch
         # The keys of a decode are what it waits for; a prefill may have to wait for room for keys, but not for queries.
         keys_first = spec.tile.consumers == 1 and not spec.gathers
         tile_position = q_position = k_position = v_position = MbarrierRing.start()
@@ -346,24 +353,24 @@ class ForwardSm90:
         if work.is_work():
             first = None
             if const_expr(self.finds_early):
-                first = self._find_keys(operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer)
+                first = self._find_keys(operands, launch, work, seqlens, gatherer)
             while work.is_work():
                 if const_expr(gatherer is None and not keys_first):
-                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
+                    q_position = self._load_queries(q_position, operands, launch, work, seqlens)
                 keys, values = [
-                    self._key_loader(operand, smem, ring, work, seqlens, tensors, scalars, gatherer)
+                    self._key_loader(operand, smem, ring, launch, work, seqlens, gatherer)
                     for operand, smem, ring in ((operands.k, stages.k, rings.k), (operands.v, stages.v, rings.v))
                 ]
                 kv = kv_range(spec, work, seqlens, window)
                 tile, following, number = (
                     first
                     if const_expr(self.finds_early)
-                    else self._find_keys(operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer)
+                    else self._find_keys(operands, launch, work, seqlens, gatherer)
                 )
                 keys.load(k_position, tile)
                 k_position = k_position.next()
                 if const_expr(keys_first):
-                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
+                    q_position = self._load_queries(q_position, operands, launch, work, seqlens)
                 for i in cutlass.range(1, kv.num_tiles(), unroll=1):
                     previous, tile = tile, following
                     if const_expr(spec.skips):
@@ -387,9 +394,7 @@ class ForwardSm90:
                     work, seqlens = rings.tiles.receive(tile_position)
                     first = tile, following, number  # of no more work, as good as any
                     if work.is_work():
-                        first = self._find_keys(
-                            operands, stages, rings, work, seqlens, window, tensors, scalars, gatherer
-                        )
+                        first = self._find_keys(operands, launch, work, seqlens, gatherer)
                     if is_long:
                         values.load(v_position, tile)
                 else:
@@ -400,27 +405,24 @@ class ForwardSm90:
     def _find_keys(
         self,
         operands: Operands,
-        stages: Stages,
-        rings: Rings,
+        launch: Launch,
         work: WorkTile,
         seqlens: Seqlens,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
         gatherer: Int32 | None,
     ) -> tuple:
         """(First KV tile, second, number of the third) of a work tile, on their way."""
-        keys = self._key_loader(operands.k, stages.k, rings.k, work, seqlens, tensors, scalars, gatherer)
-        tile, following, number = self._first_tiles(kv_range(self.spec, work, seqlens, window), tensors)
+        keys = self._key_loader(operands.k, launch.stages.k, launch.rings.k, launch, work, seqlens, gatherer)
+        tile, following, number = self._first_tiles(launch, work, seqlens)
         return keys.find(tile), keys.find(following), number
 
     @cute.jit
-    def load_queries(self, operands: Operands, stages: Stages, rings: Rings, tensors: ForwardTensors):
+    def load_queries(self, operands: Operands, launch: Launch):
         """The loading warp where other warps gather keys."""
+        rings = launch.rings  # not `launch` in the loop: the DSL would carry it, and its constants with it
         tile_position = position = MbarrierRing.start()
         work, seqlens = rings.tiles.receive(tile_position)
         while work.is_work():
-            position = self._load_queries(position, operands, stages, rings, work, seqlens, tensors)
+            position = self._load_queries(position, operands, launch, work, seqlens)
             tile_position = tile_position.next()
             work, seqlens = rings.tiles.receive(tile_position)
 
@@ -429,11 +431,9 @@ class ForwardSm90:
         self,
         position: RingPosition,
         operands: Operands,
-        stages: Stages,
-        rings: Rings,
+        launch: Launch,
         work: WorkTile,
         seqlens: Seqlens,
-        tensors: ForwardTensors,
     ):
         spec = self.spec
         rows = ragged_tma.query_rows(
@@ -442,9 +442,10 @@ class ForwardSm90:
             work.batch,
             work.head * spec.qheads_per_kvhead if const_expr(spec.packed) else work.head,
             work.m_block * spec.tokens_per_tile,
-            ragged=tensors.packed_q,
+            ragged=launch.tensors.packed_q,
         )
-        queries = ragged_tma.TileLoader.create(operands.q.atom, rows, spec.query_box, stages.q, rings.q)
+        stages, ring = launch.stages.q, launch.rings.q
+        queries = ragged_tma.TileLoader.create(operands.q.atom, rows, spec.query_box, stages, ring)
         queries.load(position, queries.find(0))
         return position.next()
 
@@ -452,19 +453,15 @@ class ForwardSm90:
     def stage_bias(
         self,
         operands: Operands,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
+        launch: Launch,
         warp: Int32,
     ):
         """A warp that turns key-side masks and biases into what consumers add, KV tile by KV tile.
 
         Where keys are gathered it is the loading warp, and loads queries as well.
         """
-        spec = self.spec
-        stager = self._stager(stages, rings, tensors, scalars, warp)
+        spec, (stages, rings, window, tensors, scalars) = self.spec, launch
+        stager = self._stager(launch, warp)
         tile_position = q_position = position = times = MbarrierRing.start()
         cleared = rings.cleared[0]
         if const_expr(self.bias_warps > 1):
@@ -473,17 +470,15 @@ class ForwardSm90:
         if work.is_work():
             first = None
             if const_expr(stager.holds):
-                first = self._find_bias(stager, work, seqlens, window, tensors, scalars)
+                first = self._find_bias(stager, launch, work, seqlens)
             while work.is_work():
                 if const_expr(spec.gathers):
-                    q_position = self._load_queries(q_position, operands, stages, rings, work, seqlens, tensors)
+                    q_position = self._load_queries(q_position, operands, launch, work, seqlens)
                 kv = kv_range(spec, work, seqlens, window)
                 place = key_side_place(spec, tensors, scalars, work, seqlens)
                 # What is said of keys, table entries, which KV tile: each begins a tile before it is used.
                 given, found, number = (
-                    first
-                    if const_expr(stager.holds)
-                    else self._find_bias(stager, work, seqlens, window, tensors, scalars)
+                    first if const_expr(stager.holds) else self._find_bias(stager, launch, work, seqlens)
                 )
                 hidden = stager.stage(position, given, place)
                 given, found = stager.read(found, place), stager.find(number, place)
@@ -492,48 +487,41 @@ class ForwardSm90:
                     following = stager.stage(position.next(), given, place)
                     given, found = stager.read(found, place), stager.find(number, place)
                     number = kv_tile(spec, tensors, kv.end - 4 - i, kv.first)
-                    times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
+                    times = stager.clear_where_told(position, hidden, stages.v, rings.v, cleared, times)
                     hidden = following
                     position = position.next()
                 tile_position = tile_position.next()
                 if const_expr(stager.holds):
                     is_long = self._is_long(kv)
                     if not is_long:
-                        times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
+                        times = stager.clear_where_told(position, hidden, stages.v, rings.v, cleared, times)
                     work, seqlens = rings.tiles.receive(tile_position)
                     first = given, found, number  # of no more work, as good as any
                     if work.is_work():
-                        first = self._find_bias(stager, work, seqlens, window, tensors, scalars)
+                        first = self._find_bias(stager, launch, work, seqlens)
                     if is_long:
-                        times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
+                        times = stager.clear_where_told(position, hidden, stages.v, rings.v, cleared, times)
                 else:
-                    times = stager.clear_told(position, hidden, stages.v, rings.v, cleared, times)
+                    times = stager.clear_where_told(position, hidden, stages.v, rings.v, cleared, times)
                     work, seqlens = rings.tiles.receive(tile_position)
                 position = position.next()
 
-    def _find_bias(
-        self,
-        stager: KeyBiasStager,
-        work: WorkTile,
-        seqlens: Seqlens,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
-    ) -> tuple:
+    def _find_bias(self, stager: KeyBiasStager, launch: Launch, work: WorkTile, seqlens: Seqlens) -> tuple:
         """(First KV tile, second, number of the third) of a work tile, on their way; of the first, what is said of its
         keys."""
-        place = key_side_place(self.spec, tensors, scalars, work, seqlens)
-        tile, following, number = self._first_tiles(kv_range(self.spec, work, seqlens, window), tensors)
+        place = key_side_place(self.spec, launch.tensors, launch.scalars, work, seqlens)
+        tile, following, number = self._first_tiles(launch, work, seqlens)
         return stager.read(stager.find(tile, place), place), stager.find(following, place), number
 
-    def _stager(self, stages: Stages, rings: Rings, tensors: ForwardTensors, scalars: ForwardScalars, warp: Int32):
-        source = KeySide(tensors.key_mask, tensors.key_bias, scalars.bias_factor)
+    def _stager(self, launch: Launch, warp: Int32):
+        tensors = launch.tensors
+        source = KeySide(tensors.key_mask, tensors.key_bias, launch.scalars.bias_factor)
         consumers = self.spec.tile.consumers
         return KeyBiasStager(
             self.spec.key_side,
             source,
-            stages.bias,
-            rings.bias,
+            launch.stages.bias,
+            launch.rings.bias,
             warp,
             self.bias_warps,
             tells=True,
@@ -541,9 +529,10 @@ class ForwardSm90:
             ahead=STAGED_AHEAD[consumers],
         )
 
-    def _first_tiles(self, kv: KvRange, tensors: ForwardTensors) -> tuple:
+    def _first_tiles(self, launch: Launch, work: WorkTile, seqlens: Seqlens) -> tuple:
         """Numbers of the first three KV tiles of a work tile."""
-        return tuple(kv_tile(self.spec, tensors, kv.end - 1 - i, kv.first) for i in range(3))
+        kv = kv_range(self.spec, work, seqlens, launch.window)
+        return tuple(kv_tile(self.spec, launch.tensors, kv.end - 1 - i, kv.first) for i in range(3))
 
     def _is_long(self, kv: KvRange) -> Boolean:
         """Whether the work tile behind this one has been sent by the time that the last values are loaded. Behind a
@@ -555,14 +544,13 @@ class ForwardSm90:
         operand: Operand,
         smem: cute.Tensor,
         ring: MbarrierRing,
+        launch: Launch,
         work: WorkTile,
         seqlens: Seqlens,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
         gatherer: Int32 | None,
     ):
         """What loads keys or values of a work tile, in the way in which they lie in memory."""
-        spec, tile_n = self.spec, self.spec.tile.tile_n
+        spec, tensors, tile_n = self.spec, launch.tensors, self.spec.tile.tile_n
         head = work.head if spec.packed else work.head // spec.qheads_per_kvhead
         # The tile of few rows has all queries of a KV head, where its query heads are packed.
         once = spec.tile.consumers == 1 and (spec.packed or spec.qheads_per_kvhead == 1)
@@ -577,21 +565,26 @@ class ForwardSm90:
             )
             box = tile_n, cute.size(smem, mode=[1])
             return ragged_tma.TileLoader.create(operand.atom, rows, box, smem, ring, once=once)
-        table = page_table(spec, tensors, scalars, seqlens, work.batch)
+        table = page_table(spec, tensors, launch.scalars, seqlens, work.batch)
         if spec.gathers:
             unroll = GATHER_UNROLL_OF_FEW_ROWS if spec.tile.consumers == 1 else GATHER_UNROLL
             return RowGatherer.create(operand.source, head, smem, ring, table, tile_n, gatherer, SPARE_WARPS, unroll)
         box = spec.page_span, ragged_tma.swizzled_columns(cute.size(smem, mode=[1]))
         return PagedTileLoader.create(operand.source, head, box, smem, ring, table, tile_n, once)
 
-    def _consumer(self, s_mma, o_mma, stages: Stages, scalars: ForwardScalars) -> Consumer:
-        tile = self.spec.tile
+    def _consumer(self, s_mma, o_mma, launch: Launch) -> Consumer:
+        tile, stages, scalars = self.spec.tile, launch.stages, launch.scalars
         thread = cute.arch.thread_idx()[0] - WARPGROUP
         index = cute.arch.make_warp_uniform(thread // WARPGROUP)
         # Slices of a whole warpgroup (of its first thread): WGMMA operands are descriptors, the same for all 128
         # threads.
         s_slice, o_slice = s_mma.get_slice(index * WARPGROUP), o_mma.get_slice(index * WARPGROUP)
         v_transposed = cute.make_tensor(stages.v.iterator, cute.select(stages.v.layout, mode=[1, 0, 2]))
+
+        def staging():
+            """A number a staging warp, where there are any."""
+            return cute.make_rmem_tensor(self.bias_warps, Int32) if self.bias_warps else None
+
         scale = scalars.softcap if const_expr(self.spec.softcap) else scalars.softmax_scale
         return Consumer(
             index,
@@ -606,27 +599,20 @@ class ForwardSm90:
             cute.make_rmem_tensor(o_slice.partition_shape_C((tile.tile_m, tile.head_dim_v)), Float32),
             OnlineSoftmax.create(scale * LOG2_E),
             rows=2,
-            cleared=None if self.spec.key_side is None else cute.make_rmem_tensor((2, self.bias_warps), Int32),
+            told=staging(),
+            clearings=staging(),
         )
 
     @cute.jit
-    def compute(
-        self,
-        me: Consumer,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
-    ):
+    def compute(self, me: Consumer, launch: Launch):
         """A consumer warpgroup: for every tile the loop over its KV tiles, then the output rows.
 
         The first scores of the next tile are issued before the output of this one is written, so that the tensor cores
         work through the epilogue; with sequences of one KV tile that is half of all products.
         """
-        tile = self.spec.tile
+        tile, rings = self.spec.tile, launch.rings
         if const_expr(self.spec.key_side is not None):
-            me.cleared.fill(0)
+            me.clearings.fill(0)
         if me.warpgroup == 0:
             self._give_turn(Int32(tile.consumers - 1))  # to warpgroup 0 itself: it issues first
         tile_position = q_position = kv_position = MbarrierRing.start()
@@ -640,15 +626,11 @@ class ForwardSm90:
             wgmma.flat(me.o).fill(0.0)
             if const_expr(tile.consumers > 1):
                 if self._has_queries(me, work, seqlens):
-                    kv_position = self._keys_of_rows(
-                        me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
-                    )
+                    kv_position = self._keys_of_rows(me, launch, work, seqlens, q_position, kv_position)
                 else:
-                    kv_position = self._pass_keys(me, stages, rings, window, work, seqlens, kv_position)
+                    kv_position = self._pass_keys(me, launch, work, seqlens, kv_position)
             else:
-                kv_position = self._keys_of_rows(
-                    me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
-                )
+                kv_position = self._keys_of_rows(me, launch, work, seqlens, q_position, kv_position)
             rings.q.release_converged(q_position)
             self._issue_output(me, rings, kv_position, fence=True)
 
@@ -663,7 +645,7 @@ class ForwardSm90:
             self._issue_scores(me, rings, q_following, k_following, fence=False)
             warpgroup.wait_group(1)
             rings.v.release_converged(kv_position)
-            self._write(me, work, seqlens, tensors)
+            self._write(me, work, seqlens, launch.tensors)
             warpgroup.wait_group(0)
             work, seqlens = following, following_seqlens
             q_position, kv_position = q_position.next(), kv_position.next()
@@ -686,54 +668,43 @@ class ForwardSm90:
         return work.m_block * spec.tokens_per_tile + me.warpgroup * rows // spec.rows_per_token < seqlens.len_q
 
     @cute.jit
-    def _pass_keys(
-        self,
-        me: Consumer,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        work: WorkTile,
-        seqlens: Seqlens,
-        position: RingPosition,
-    ):
+    def _pass_keys(self, me: Consumer, launch: Launch, work: WorkTile, seqlens: Seqlens, position: RingPosition):
         """`_keys` for a consumer without queries: it leaves the tensor cores to the others, and goes along."""
         # As words: as 16-bit floats the compiler keeps halves, and joins them behind the fence of the product.
         cute.recast_tensor(me.p, Int32).fill(0)
+        rings = launch.rings
         rings.k.release_converged(position)
-        self._pass_bias(me, stages, rings, position)
-        for _ in cutlass.range(kv_range(self.spec, work, seqlens, window).num_tiles() - 1, unroll=1):
+        self._pass_bias(me, launch, position)
+        for _ in cutlass.range(kv_range(self.spec, work, seqlens, launch.window).num_tiles() - 1, unroll=1):
             following = position.next()
             rings.k.wait_full(following)
             self._wait_turn(me.warpgroup)
             self._give_turn(me.warpgroup)
             rings.k.release(following)
             self._wait_values(me, rings, position)
-            self._pass_bias(me, stages, rings, following)
+            self._pass_bias(me, launch, following)
             rings.v.release(position)
             position = following
         return position
 
     @cute.jit
-    def _pass_bias(self, me: Consumer, stages: Stages, rings: Rings, position: RingPosition):
+    def _pass_bias(self, me: Consumer, launch: Launch, position: RingPosition):
         if const_expr(self.spec.key_side is not None):
-            rings.bias.wait_full(position)
-            self._hear(me, told_of(stages.bias, rings.bias, position, self.bias_warps))
-            rings.bias.release(position)
+            ring = launch.rings.bias
+            ring.wait_full(position)
+            self._hear(me, told_of(launch.stages.bias, ring, position, self.bias_warps))
+            ring.release(position)
 
     def _hear(self, me: Consumer, told: tuple):
         """Keeps what staging warps tell of a KV tile until its values are waited for."""
         for warp in range(self.bias_warps):
-            me.cleared[0, warp] = told[warp]
+            me.told[warp] = told[warp]
 
     @cute.jit
     def _keys_of_rows(
         self,
         me: Consumer,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
+        launch: Launch,
         work: WorkTile,
         seqlens: Seqlens,
         q_position: RingPosition,
@@ -744,30 +715,21 @@ class ForwardSm90:
         dropped: it is no query."""
         spec = self.spec
         # A large tile has a decode where a plan mixes them; beside a bias it has no registers for both ways.
-        mixes = spec.tile.consumers == 1 or (tensors.work is not None and spec.key_side is None)
+        mixes = spec.tile.consumers == 1 or (launch.tensors.work is not None and spec.key_side is None)
         if const_expr(spec.rows_per_token > ROW_STEP or not mixes):
-            return self._keys(me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position)
+            return self._keys(me, launch, work, seqlens, q_position, kv_position)
         num_rows = (seqlens.len_q - work.m_block * spec.tokens_per_tile) * spec.rows_per_token
         if num_rows <= ROW_STEP:
-            one = replace(me, rows=1)
-            kv_position = self._keys(
-                one, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
-            )
+            kv_position = self._keys(replace(me, rows=1), launch, work, seqlens, q_position, kv_position)
         else:
-            kv_position = self._keys(
-                me, stages, rings, window, tensors, scalars, work, seqlens, q_position, kv_position
-            )
+            kv_position = self._keys(me, launch, work, seqlens, q_position, kv_position)
         return kv_position
 
     @cute.jit
     def _keys(
         self,
         me: Consumer,
-        stages: Stages,
-        rings: Rings,
-        window: Window,
-        tensors: ForwardTensors,
-        scalars: ForwardScalars,
+        launch: Launch,
         work: WorkTile,
         seqlens: Seqlens,
         q_position: RingPosition,
@@ -777,6 +739,7 @@ class ForwardSm90:
 
         Tiles that need a mask come first and, with a left window, last: only they pay for it.
         """
+        stages, rings, window, tensors, scalars = launch
         kv = kv_range(self.spec, work, seqlens, window)
         column = 2 * (me.thread % 4)
         rows = OutputRows.of_thread(self.spec, work, me.warpgroup, me.thread)
@@ -863,9 +826,9 @@ class ForwardSm90:
         """Until values are there, and those that a staging warp clears are cleared."""
         self._wait_keys(rings.v, position)
         for warp in cutlass.range_constexpr(self.bias_warps):
-            if me.cleared[0, warp] & CLEARS != 0:
-                rings.cleared[warp].wait_full(RingPosition(me.cleared[1, warp]))
-                me.cleared[1, warp] = me.cleared[1, warp] + 1
+            if me.told[warp] & CLEARS != 0:
+                rings.cleared[warp].wait_full(RingPosition(me.clearings[warp]))
+                me.clearings[warp] = me.clearings[warp] + 1
 
     @cute.jit
     def _issue_scores(
@@ -876,8 +839,9 @@ class ForwardSm90:
 
     @cute.jit
     def _issue_output(self, me: Consumer, rings: Rings, position: RingPosition, fence: cutlass.Constexpr):
-        # Rescaled while values are waited for, or behind it where that is a branch: across one the compiler moves the
-        # last of it behind the fence of the product.
+        """The output product of a KV tile, behind the rescaling of the output where that is late."""
+        # Waiting for clearings is a branch, and across one the compiler moves the last of the rescaling behind the
+        # product's fence. Without them it is done while values are waited for.
         if const_expr(self.spec.key_side is not None):
             self._wait_values(me, rings, position)
         if const_expr(self.rescale_late):

@@ -369,7 +369,7 @@ class KeyBiasStager:
         return Int32(1) if is_staged and value == -Float32.inf else Int32(0)
 
     @cute.jit
-    def clear_told(
+    def clear_where_told(
         self,
         position: RingPosition,
         hidden: tuple,

@@ -75,6 +75,10 @@ class BiasOfQueries:
         last = cutlass.max(cutlass.min(seqlens.len_k, columns) - 1, 0)
         return BiasOfQueries(kinds, masks, biases, source.factor, last, column, spec.tile.tile_n)
 
+    @property
+    def rows(self) -> int:
+        return max(len(self.masks), len(self.biases))
+
     @cute.jit
     def add(self, scores: cute.Tensor, kv_tile: Int32):
         """scores: flat accumulator registers, element 4j + 2r + c is row r, column 8j + c."""
@@ -84,7 +88,7 @@ class BiasOfQueries:
             if first + 8 * j <= self.last:
                 for c in cutlass.range_constexpr(2):
                     key = cutlass.min(first + 8 * j + c, self.last)
-                    for r in cutlass.range_constexpr(max(len(self.masks), len(self.biases))):
+                    for r in cutlass.range_constexpr(self.rows):
                         bias, i = self._value(r, key), 4 * j + 2 * r + c
                         # Selected, and not only added: what is masked may be NaN.
                         scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias
