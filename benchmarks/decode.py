@@ -119,7 +119,7 @@ def all_presets() -> list[Case]:
 
 
 def measure(case: Case, bench: Bench) -> Row:
-    """The row of a case, with `read_alone_seconds` beside it, and `read_in_layers_seconds`."""
+    """The row of a case; beside it how many layers there are, `read_alone_seconds` and `read_in_layers_seconds`."""
     bench = replace(bench, peers=[*bench.peers, *map(PeerInLayers, bench.peers)])
     prepared = bench.prepare(case, VARIANTS)
     readers = [reader_of(case.workload.min_bytes, bench.device) for _ in range(layers_of(case.workload))]
@@ -273,7 +273,7 @@ def bandwidth_table(
 
 def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
     rows = report["rows"]
-    names = [*(variant.name for variant in VARIANTS), *peers]
+    names = [*(variant.name for variant in VARIANTS if not isinstance(variant, VariantInLayers)), *peers]
     counts = sorted({row["layers"] for row in rows}, reverse=True)
     layers = f"{' or '.join(map(str, counts))}, as many as {LAYER_BYTES >> 30} GiB hold"
     found = [

@@ -26,6 +26,7 @@ TOLERANCE_OF_PEERS = 2**-6
 
 
 def layers_of(workload: Workload) -> int:
+    """As many as LAYER_BYTES hold, but two at least, so that each finds L2 full of another's keys."""
     return max(2, min(MOST_LAYERS, LAYER_BYTES // max(workload.min_bytes, 1)))
 
 

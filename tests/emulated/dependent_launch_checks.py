@@ -10,8 +10,9 @@ import pytest
 from tests.attention_cases import attention, build_tensors
 from tests.emulated.planned_forward import CUDA, plan_of
 
-# What touches global memory. A prefetch into L2 is a hint, and descriptors of tensors are parameters.
-ACCESS = re.compile(r"\b(ld|st|atom|red)\.(?:\w+\.)*global\b|\bcp\.async\.(bulk|ca|cg)\b")
+# What touches global memory, or may, where no space is named. A prefetch into L2 is a hint, and descriptors of tensors
+# are parameters.
+ACCESS = re.compile(r"\b(ld|st|atom|red)\.(?!\S*\b(shared|param|local|const)\b)|\bcp\.async\.(bulk|ca|cg)\b")
 WAIT, LAUNCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 
 
