@@ -28,6 +28,7 @@ from flash_attn_cute.device.masking import RowLimits, mask_row
 from flash_attn_cute.device.output_rows import RowPlace, clear_row, copy_rows, store_lse, token_of_row
 from flash_attn_cute.device.paged_kv import PageCopies, PagedTileLoader, RowGatherer
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
+from flash_attn_cute.device.query_bias import BiasOfQueries, QuerySide
 from flash_attn_cute.device.row_softmax import RowSoftmax
 from flash_attn_cute.device.scheduling_warp import prefetch_lengths, schedule
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
@@ -200,9 +201,16 @@ class ForwardSm100:
         self.load_warp, self.store_warp, self.schedule_warp = [self.mma_warp + i for i in (1, 2, 3)]
         self.bias_warp = self.schedule_warp + 1
         self.bias_warps = 0 if spec.key_side is None else WARPS
-        # Columns that correction holds at a time: fewer where its registers are needed for staging a bias, and fewer
-        # still beside the addresses of partial rows.
-        pieces = 1 if spec.key_side is None else 4 if spec.splits else 2
+        if spec.key_side is not None:
+            self.registers = tile.registers_beside_bias
+        elif spec.query_side is not None:
+            self.registers = tile.registers_beside_bias_of_queries
+        else:
+            self.registers = tile.registers
+        # Columns that correction holds at a time: fewer where others need its registers for a bias, and fewer still
+        # beside the addresses of partial rows.
+        has_bias = spec.key_side is not None or spec.query_side is not None
+        pieces = 1 if not has_bias else 4 if spec.splits else 2
         self.correction_step = tensor_memory.STEP // pieces
         self.threads = WARP * (softmax_warps + 2 * WARPS + self.bias_warps)
         # All but the scheduling warp hear of tiles.
@@ -284,7 +292,6 @@ class ForwardSm100:
 
     @cute.kernel
     def kernel(self, operands: Operands, tensors: ForwardTensors, scalars: ForwardScalars, source: SeqlenSource):
-        tile = self.spec.tile
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == self.load_warp:
             for operand in operands:
@@ -311,7 +318,7 @@ class ForwardSm100:
         let_dependents_start()
 
         window = window_of(self.spec, scalars)
-        registers = tile.registers if const_expr(self.spec.key_side is None) else tile.registers_beside_bias
+        registers = self.registers
         if warp < self.correction_warp:
             cute.arch.setmaxregister_increase(registers[0])
             self.softmax(shared, columns, window, tensors, scalars)
@@ -797,8 +804,12 @@ class ForwardSm100:
                 row.softmax.reset()
                 place = RowPlace.of(spec, work, seqlens, row_in_tile)
                 limits = RowLimits.of_row(seqlens, window, token_of_row(spec, work, row_in_tile), Int32(0))
+                of_queries = None
+                if const_expr(spec.query_side is not None):
+                    source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
+                    of_queries = BiasOfQueries.of_row(spec, work, row_in_tile, seqlens, source)
                 for step in cutlass.range(kv.num_tiles(), unroll=1):
-                    self._softmax_step(row, shared, kv, limits, step, position, bias_position, tensors)
+                    self._softmax_step(row, shared, kv, limits, of_queries, step, position, bias_position, tensors)
                     position = position.next()
                     if const_expr(row.bias is not None):
                         bias_position = bias_position.next()
@@ -858,6 +869,7 @@ class ForwardSm100:
         shared: Shared,
         kv: KvRange,
         limits: RowLimits,
+        of_queries: BiasOfQueries | None,
         step: Int32,
         position: RingPosition,
         bias_position: RingPosition,
@@ -874,7 +886,7 @@ class ForwardSm100:
         number = kv_tile(spec, tensors, key_tile)
         scores.wait_full(position)
         tensor_memory.fence_after_wait()
-        self._load_scores(row, column, bias_position)
+        self._load_scores(row, column, bias_position, of_queries, number)
         # One copy of all the rest for masked tiles and others: they cannot differ in their arithmetic.
         if key_tile >= kv.full_end or key_tile < kv.full_first:
             mask_row(s, limits, number, tile.tile_n)
@@ -896,13 +908,21 @@ class ForwardSm100:
         row.softmax.add(sums, factor)
 
     @cute.jit
-    def _load_scores(self, row: RowOfScores, column: Int32, bias_position: RingPosition):
-        """A row of scores from tensor memory to registers, under the soft cap and with the bias."""
+    def _load_scores(
+        self,
+        row: RowOfScores,
+        column: Int32,
+        bias_position: RingPosition,
+        of_queries: BiasOfQueries | None,
+        number: Int32,
+    ):
+        """A row of scores from tensor memory to registers, under the soft cap and with its biases."""
         tile_n, s = self.spec.tile.tile_n, row.scores
         columns = tile_n
-        if const_expr(row.bias is not None):
+        if const_expr(row.bias is not None or of_queries is not None):
             # In halves: biases of all columns at once would take more registers than there are.
             columns = tile_n // 2
+        if const_expr(row.bias is not None):
             row.bias.ring.wait_full(bias_position)
         for first in cutlass.range_constexpr(0, tile_n, columns):
             part = cute.make_tensor(s.iterator + first, cute.make_layout(columns))
@@ -912,6 +932,8 @@ class ForwardSm100:
                     part[i] = tanh(part[i] * row.cap)
             if const_expr(row.bias is not None):
                 row.bias.add_from(part, bias_position, first)
+            if const_expr(of_queries is not None):
+                of_queries.add(part, number, first)
         if const_expr(row.bias is not None):
             row.bias.ring.release(bias_position)
 

@@ -755,7 +755,8 @@ class ForwardSm90:
             bias = bias._replace(of_keys=of_keys)
         if const_expr(self.spec.query_side is not None):
             source = QuerySide(tensors.query_mask, tensors.query_bias, scalars.bias_factor)
-            bias = bias._replace(of_queries=BiasOfQueries.create(self.spec, rows, me.rows, seqlens, column, source))
+            of_queries = BiasOfQueries.of_accumulator(self.spec, rows, me.rows, seqlens, column, source)
+            bias = bias._replace(of_queries=of_queries)
         last = kv_tile(self.spec, tensors, kv.end - 1)
         self._softmax(me, scalars, limits, last, bias, kv_position)
         self._store_p(me)

@@ -57,10 +57,6 @@ def unsupported(problem: Problem, architecture: str) -> str | None:
         return f"dtype {problem.dtype}"
     if tiling is None:
         return f"head dimensions ({problem.head_dim}, {problem.head_dim_v})"
-    if architecture != "sm_90a" and problem.query_mask_heads is not None:
-        return "attn_mask of each query"
-    if architecture != "sm_90a" and problem.query_bias_heads is not None:
-        return "attn_bias of each query"
     if problem.query_bias_dtype not in (None, *_DTYPE_NAMES):
         return f"attn_bias of dtype {problem.query_bias_dtype}"
     if problem.scheduler == "clc" and architecture == "sm_90a":

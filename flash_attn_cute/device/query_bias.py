@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device.key_bias import ALL_HEADS, KV_HEADS, QUERY_HEADS
-from flash_attn_cute.device.output_rows import OutputRows
+from flash_attn_cute.device.output_rows import OutputRows, token_of_row
 from flash_attn_cute.device.seqlens import Seqlens
 
 
@@ -36,7 +36,11 @@ class QuerySide(NamedTuple):
 
 @dataclass(frozen=True)
 class BiasOfQueries:
-    """What one thread of a consumer warpgroup adds to its rows of scores."""
+    """What one thread adds to the scores in its registers: `rows` rows in turn, `run` columns of each at a time.
+
+    Element (j * rows + r) * run + c of its scores is row r, column step * j + c behind the thread's first. Rows that
+    `masks` or `biases` have are added to.
+    """
 
     spec: QuerySideSpec
     masks: tuple  # of each row: (max_seqlen_k,); empty where there is no mask
@@ -45,24 +49,34 @@ class BiasOfQueries:
     last: Int32  # the last key that is looked at
     column: Int32  # the thread's first
     tile_n: int
+    rows: int
+    run: int
+    step: int
 
     @staticmethod
-    def create(spec, rows: OutputRows, computed: int, seqlens: Seqlens, column: Int32, source: QuerySide):
-        """spec: a ForwardSpec with a `query_side`; rows: the thread's, of which the first `computed` are added to.
+    def of_accumulator(spec, rows: OutputRows, computed: int, seqlens: Seqlens, column: Int32, source: QuerySide):
+        """For WGMMA accumulators. spec: a ForwardSpec with a `query_side`; rows: the thread's, of which the first
+        `computed` are added to."""
+        in_tile = [rows.row(r) for r in range(computed)]
+        return BiasOfQueries._create(spec, rows.work, in_tile, seqlens, source, column, rows=2, run=2, step=8)
 
-        Rows that are no queries take the numbers of one that is, and keys behind the last those of the last: what comes
-        of either is dropped, and nothing outside of a sequence is read.
-        """
+    @staticmethod
+    def of_row(spec, work, row: Int32, seqlens: Seqlens, source: QuerySide):
+        """For one row of a query tile, all columns of which the thread has."""
+        return BiasOfQueries._create(spec, work, [row], seqlens, source, Int32(0), rows=1, run=4, step=4)
+
+    @staticmethod
+    def _create(spec, work, in_tile: list, seqlens: Seqlens, source: QuerySide, column: Int32, **places):
+        """Rows that are no queries take the numbers of one that is, and keys behind the last those of the last: what
+        comes of either is dropped, and nothing outside of a sequence is read."""
         kinds = spec.query_side
-        tokens = [cutlass.max(cutlass.min(rows.token(r), seqlens.len_q - 1), 0) for r in range(computed)]
+        tokens = [cutlass.max(cutlass.min(token_of_row(spec, work, row), seqlens.len_q - 1), 0) for row in in_tile]
         q_rows = [seqlens.offset_q + token for token in tokens]
-        in_group = [Int32(0)] * computed
-        head_q, head_kv = rows.work.head, rows.work.head // spec.qheads_per_kvhead
+        in_group = [Int32(0)] * len(in_tile)
+        head_q, head_kv = work.head, work.head // spec.qheads_per_kvhead
         if spec.packed:
-            head_q, head_kv = rows.work.head * spec.qheads_per_kvhead, rows.work.head
-            in_group = [
-                cutlass.min(rows.row(r) % spec.rows_per_token, spec.qheads_per_kvhead - 1) for r in range(computed)
-            ]
+            head_q, head_kv = work.head * spec.qheads_per_kvhead, work.head
+            in_group = [cutlass.min(row % spec.rows_per_token, spec.qheads_per_kvhead - 1) for row in in_tile]
 
         def of_rows(x: cute.Tensor | None, kind: str | None) -> tuple:
             if kind is None:
@@ -73,23 +87,19 @@ class BiasOfQueries:
         masks, biases = of_rows(source.mask, kinds.mask), of_rows(source.bias, kinds.bias)
         columns = cute.size((*masks, *biases)[0])
         last = cutlass.max(cutlass.min(seqlens.len_k, columns) - 1, 0)
-        return BiasOfQueries(kinds, masks, biases, source.factor, last, column, spec.tile.tile_n)
-
-    @property
-    def rows(self) -> int:
-        return max(len(self.masks), len(self.biases))
+        return BiasOfQueries(kinds, masks, biases, source.factor, last, column, spec.tile.tile_n, **places)
 
     @cute.jit
-    def add(self, scores: cute.Tensor, kv_tile: Int32):
-        """scores: flat accumulator registers, element 4j + 2r + c is row r, column 8j + c."""
-        first = cutlass.max(kv_tile, 0) * self.tile_n + self.column
-        for j in cutlass.range_constexpr(cute.size(scores) // 4):
+    def add(self, scores: cute.Tensor, kv_tile: Int32, column: cutlass.Constexpr = 0):
+        """To scores of a KV tile, from the thread's column `column` on."""
+        first = cutlass.max(kv_tile, 0) * self.tile_n + self.column + column
+        for j in cutlass.range_constexpr(cute.size(scores) // (self.rows * self.run)):
             # A branch a group of columns: without any, all loads are begun at once, and what they find is spilled.
-            if first + 8 * j <= self.last:
-                for c in cutlass.range_constexpr(2):
-                    key = cutlass.min(first + 8 * j + c, self.last)
-                    for r in cutlass.range_constexpr(self.rows):
-                        bias, i = self._value(r, key), 4 * j + 2 * r + c
+            if first + self.step * j <= self.last:
+                for c in cutlass.range_constexpr(self.run):
+                    key = cutlass.min(first + self.step * j + c, self.last)
+                    for r in cutlass.range_constexpr(max(len(self.masks), len(self.biases))):
+                        bias, i = self._value(r, key), (j * self.rows + r) * self.run + c
                         # Selected, and not only added: what is masked may be NaN.
                         scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias
 

@@ -165,7 +165,7 @@ def test_blackwell_tiles_fit(dims):
     assert tile.tensor_memory_columns <= 512
     # What is in use at one time: the values of one KV tile and the keys of the next.
     assert tile.kv_stages > tile.k_pieces + tile.v_pieces
-    for softmax, *others in (tile.registers, tile.registers_beside_bias):
+    for softmax, *others in (tile.registers, tile.registers_beside_bias, tile.registers_beside_bias_of_queries):
         assert 128 * (tile.query_tiles * softmax + sum(others)) <= 64 * 1024
 
 
@@ -296,7 +296,7 @@ BLACKWELL_CONFIGURATIONS = {
     "d256-of-keys-gathered-gqa8": {**KEY_SIDE, **GATHERED, "head_dim": 256, "head_dim_v": 256},
 }
 # Masks and biases of each query.
-HOPPER_CONFIGURATIONS = {
+OF_QUERIES = {
     "d128-of-queries-causal-gqa4": {
         "causal": True,
         "qheads_per_kvhead": 4,
@@ -306,6 +306,10 @@ HOPPER_CONFIGURATIONS = {
         "query_bias_dtype": "bf16",
     },
     "d128-of-queries-and-keys": {"key_bias": "kv", "key_bias_dtype": "bf16", "query_mask": "query", "causal": True},
+}
+BLACKWELL_CONFIGURATIONS |= {
+    name.replace("d128", "d64"): configuration | {"head_dim": 64, "head_dim_v": 64}
+    for name, configuration in OF_QUERIES.items()
 }
 
 _COMPILE = """
@@ -334,7 +338,7 @@ def stack_bytes(cubin: bytes) -> list[int]:
 
 # Without FLASH_ATTN_CUTE_COMPILE_ALL=1: on Hopper those that others stand for are left out,
 STOOD_FOR = ("d128-packed-full", "d128-batched-full", "d40-causal", "d96-causal", "d192-full")
-HOPPER_NAMES = [name for name in CONFIGURATIONS | HOPPER_CONFIGURATIONS if name not in STOOD_FOR]
+HOPPER_NAMES = [name for name in CONFIGURATIONS | OF_QUERIES if name not in STOOD_FOR]
 # and on Blackwell only a few that differ most are taken. With it, all, on both of its architectures.
 BLACKWELL = [
     ("sm_100a", "d128-packed-causal-gqa4"),
@@ -344,17 +348,18 @@ BLACKWELL = [
     ("sm_100a", "d128-gathered-causal-gqa4"),
     ("sm_103a", "d64-causal"),
     ("sm_100a", "d128-of-keys-gathered-causal-gqa8"),
+    ("sm_100a", "d128-of-queries-causal-gqa4"),
 ]
 if os.environ.get("FLASH_ATTN_CUTE_COMPILE_ALL") == "1":
-    named = CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
+    named = CONFIGURATIONS | OF_QUERIES | BLACKWELL_CONFIGURATIONS
     BLACKWELL = [(architecture, name) for architecture in ("sm_100a", "sm_103a") for name in named]
-    HOPPER_NAMES = [*CONFIGURATIONS, *HOPPER_CONFIGURATIONS]
+    HOPPER_NAMES = [*CONFIGURATIONS, *OF_QUERIES]
 
 
 @pytest.mark.parametrize("architecture, name", [*(("sm_90a", name) for name in HOPPER_NAMES), *BLACKWELL])
 def test_compiles_without_spills(architecture, name, tmp_path):
     """In a process of its own: the architecture and the dump are read from the environment once."""
-    configurations = CONFIGURATIONS | HOPPER_CONFIGURATIONS | BLACKWELL_CONFIGURATIONS
+    configurations = CONFIGURATIONS | OF_QUERIES | BLACKWELL_CONFIGURATIONS
     key = PLAIN._replace(architecture=architecture, **configurations[name])
     environment = os.environ | {
         "CUTE_DSL_ARCH": architecture,

@@ -1,7 +1,8 @@
 """A mask and a bias of each query in the forward, in the emulator: held to the reference, and neutral where they say
 nothing.
 
-`test_query_bias_sm90.py` imports it, and `tests/key_bias_matrix.py` its cases.
+`test_query_bias_sm90.py` imports it, `test_query_bias_sm100.py` takes some of it, and `tests/key_bias_matrix.py` its
+cases.
 """
 
 import pytest
@@ -105,6 +106,10 @@ EMULATED = [
 
 @pytest.mark.parametrize("name", EMULATED)
 def test_mask_and_bias_of_each_query_equal_the_reference(emulation, name):
+    check_case(emulation, name)
+
+
+def check_case(emulation, name: str):
     tensors, options = built(name, LENGTHS_Q, LENGTHS_K)
     emulation.reschedule("random", 1)
     out, lse = attention(tensors, **options)
@@ -117,6 +122,10 @@ def assert_same(got, expected):
 
 
 def test_what_says_nothing_of_each_query_changes_no_bit(emulation):
+    check_neutral()
+
+
+def check_neutral():
     tensors = build_tensors(LENGTHS_Q, LENGTHS_K, **PLAIN, key_bias_heads=2)
     options = {"causal": True, "max_seqlen_k": 140}
     shape = (tensors.q.shape[0], 4, 140)
@@ -141,6 +150,11 @@ def test_spread_over_queries_a_bias_of_keys_is_the_same(emulation):
 
 
 def test_rows_without_a_key_left_and_what_hides_one_of_a_query(emulation):
+    check_hidden()
+
+
+def check_hidden():
+    """Rows that see no key, the ways to hide one, and NaN where one is hidden."""
     tensors = build_tensors([5, 3], [70, 150], **PLAIN)
     mask = torch.ones(8, 1, 150, dtype=torch.bool, device=CUDA)
     mask[2] = False
@@ -179,6 +193,10 @@ def test_nothing_outside_of_a_sequence_is_read(emulation):
 
 
 def test_splits_of_what_belongs_to_queries(emulation):
+    check_splits()
+
+
+def check_splits():
     tensors = with_query_side(build_tensors([1, 4], [300, 129], **PLAIN), 300, mask_heads=1, bias_heads=4)
     options = {"causal": True, "max_seqlen_k": 300, "seqlen_k_per_split": 128}
     out, lse = attention(tensors, **options)
