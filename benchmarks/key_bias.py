@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 from benchmarks import report as show
 from benchmarks.decode import decode
-from benchmarks.key_side import KEPT_TILES, KeySide, KeySideInputs
+from benchmarks.key_side import KEPT_TILES, KeySide
 from benchmarks.rows import Row, best_seconds, run_once, timed_row
 from benchmarks.score_mod import ScoreModFlashAttention4
 from benchmarks.serving import Bench, Benchmark, Case
@@ -39,7 +39,13 @@ MASK_ALL, MASK_QUERY = (KeySide(f"mask H*={heads}", mask=heads) for heads in ("1
 FEW_TILES = KeySide(f"one tile in {KEPT_TILES}", mask="1", tiles=True)
 DECODE_SIDES = (NONE, BIAS_ALL, BIAS_KV, BIAS_QUERY, MASK_ALL, MASK_QUERY, FEW_TILES)
 BIASES = (BIAS_ALL, BIAS_KV, BIAS_QUERY)
-PREFILL_SIDES = (NONE, *BIASES)
+# The same numbers, once for each query: a plain path, for the compatibility form.
+EACH_QUERY = (
+    KeySide("bias H*=1 of each query", bias="1", each_query=True),
+    KeySide("mask H*=1 of each query", mask="1", each_query=True),
+)
+PREFILL_SIDES = (NONE, *BIASES, *EACH_QUERY)
+ALL_SIDES = (*DECODE_SIDES, *EACH_QUERY)
 
 GROUP_OF_4 = decode("decode 64x8192 32/8", [8192] * 64)
 GROUP_OF_8 = decode("decode 64x8192 64/8", [8192] * 64, heads=64)
@@ -79,15 +85,20 @@ def measure(case: Case, bench: Bench) -> Row:
     candidates, results = {}, {}
     for side in sides_of(workload):
         rows = side.random(workload, bench.device)
-        given = KeySideInputs.of(inputs, rows)
+        given = side.inputs(workload, inputs, rows)
         makers = {}
-        if case.page_size is None and side.mask is None:
+        if is_peers(side) and case.page_size is None:
             makers |= {name_of(peer.name, side): partial(peer.make, workload, given) for peer in bench.peers}
         makers |= {variant.name: partial(variant.make, workload, given) for variant in variants_of(side)}
         able, found = run_once(makers, Check(workload, contiguous, rows.added(workload)))
         candidates |= able
         results |= found
     return timed_row(case.described(), workload, bench.ceilings, results, bench.time(candidates))
+
+
+def is_peers(side: KeySide) -> bool:
+    """Whether peers can do it where keys are packed."""
+    return side.mask is None and not side.each_query
 
 
 def name_of(peer: str, side: KeySide) -> str:
@@ -117,9 +128,12 @@ def must_show(report: dict[str, Any]) -> list[Target]:
     def worst(values: list[float | None]) -> float | None:
         return None if None in values else max(values)
 
-    prefill = worst([cost for side in sides_of(PREFILL)[1:] for cost in costs([Case(PREFILL)], side)])
+    def biases_of(workload: Workload) -> list[KeySide]:
+        return [side for side in sides_of(workload) if side in BIASES]
+
+    prefill = worst([cost for side in biases_of(PREFILL) for cost in costs([Case(PREFILL)], side)])
     few = worst(costs(decodes(GROUP_OF_4), FEW_TILES))
-    gains = [gain(rows.get(case.name), side) for case in PRESETS["prefill"]() for side in sides_of(case.workload)[1:]]
+    gains = [gain(rows.get(case.name), side) for case in PRESETS["prefill"]() for side in biases_of(case.workload)]
     cost = "{}, contiguous and page 64, {}: worse time over none"
     return [
         *(
@@ -159,7 +173,7 @@ def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
     ]
     lines = []
     for row in report["rows"]:
-        for side in DECODE_SIDES:
+        for side in ALL_SIDES:
             ours = our_seconds(row, side)
             if ours is None:
                 continue
@@ -176,7 +190,7 @@ def tables(report: dict[str, Any], peers: list[str]) -> list[show.Table]:
                     *(show.figure(t and t / ours) for t in theirs),
                 ]
             )
-    names = [variant.name for side in DECODE_SIDES for variant in variants_of(side)]
+    names = [variant.name for side in ALL_SIDES for variant in variants_of(side)]
     return [
         show.Table(
             "Masks and biases of keys (d128, causal, bf16): the shortest time of each, and the cost", columns, lines
@@ -189,7 +203,7 @@ BENCHMARK = Benchmark(
     name="key_bias.py",
     title="Masks and biases of keys",
     presets=PRESETS | {"all": all_presets},
-    variants=tuple(variant for side in DECODE_SIDES for variant in variants_of(side)),
+    variants=tuple(variant for side in ALL_SIDES for variant in variants_of(side)),
     measure=measure,
     tables=tables,
     must_show=must_show,

@@ -24,12 +24,14 @@ class KeySide:
     """What a call hides and adds, and for which heads: "1" for all of them, "Hk" a KV head, "H" a query head.
 
     tiles: the mask keeps one KV tile in KEPT_TILES and hides the others whole; without, it keeps random keys.
+    each_query: a call is given what belongs to its keys once for each query, as `attn_mask` and `attn_bias`.
     """
 
     name: str
     bias: str | None = None
     mask: str | None = None
     tiles: bool = False
+    each_query: bool = False
 
     def random(self, workload: Workload, device: torch.device | str, seed: int = 1) -> KeyRows:
         """A bias is normal, in the dtype of the keys: in fp32 one a query head would be a twentieth of the traffic."""
@@ -44,6 +46,10 @@ class KeySide:
             shape = (rows, head_count(workload, self.mask))
             mask = torch.rand(shape, device=device, generator=generator) < KEPT_KEYS
         return KeyRows(bias, mask)
+
+    def inputs(self, workload: Workload, inputs: AttentionInputs | PagedInputs, rows: KeyRows) -> KeySideInputs:
+        """What a call is given that has these rows."""
+        return KeySideInputs.spread(workload, inputs, rows) if self.each_query else KeySideInputs.of(inputs, rows)
 
 
 def head_count(workload: Workload, heads: str) -> int:
@@ -84,17 +90,34 @@ def _per_query_head(rows: torch.Tensor, workload: Workload) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class KeySideInputs:
-    """Inputs of a call with a mask and a bias, laid out as its keys are; to be used as inputs are."""
+    """Inputs of a call with a mask and a bias, laid out as its keys are or for each query; to be used as inputs are."""
 
     inputs: AttentionInputs | PagedInputs
-    key_bias: torch.Tensor | None
-    key_mask: torch.Tensor | None
+    key_bias: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    attn_bias: torch.Tensor | None = None
+    attn_mask: torch.Tensor | None = None
 
     @classmethod
     def of(cls, inputs: AttentionInputs | PagedInputs, rows: KeyRows) -> KeySideInputs:
         if isinstance(inputs, AttentionInputs):
             return cls(inputs, rows.bias, rows.mask)
         return cls(inputs, *(x if x is None else inputs.like_keys(x) for x in (rows.bias, rows.mask)))
+
+    @classmethod
+    def spread(cls, workload: Workload, inputs: AttentionInputs | PagedInputs, rows: KeyRows) -> KeySideInputs:
+        """(total_q, H*, max_seqlen_k): what the rows say of the keys of a sequence for each query, 0 behind them."""
+
+        def for_each_query(x: torch.Tensor | None) -> torch.Tensor | None:
+            if x is None:
+                return None
+            spread = x.new_zeros(workload.total_q, x.shape[1], workload.max_k)
+            queries = spread.split(workload.lens_q)
+            for of_sequence, of_keys in zip(queries, x.split(workload.lens_k), strict=True):
+                of_sequence[:, :, : len(of_keys)] = of_keys.T
+            return spread
+
+        return cls(inputs, attn_bias=for_each_query(rows.bias), attn_mask=for_each_query(rows.mask))
 
     @property
     def q(self) -> torch.Tensor:
@@ -117,5 +140,6 @@ class KeySideInputs:
         return self.inputs.lengths | of_mask
 
     def varlen_arguments(self, workload: Workload) -> dict[str, Any]:
-        given = {"key_bias": self.key_bias, "key_mask": self.key_mask}
+        names = ("key_bias", "key_mask", "attn_bias", "attn_mask")
+        given = {name: getattr(self, name) for name in names}
         return self.inputs.varlen_arguments(workload) | {name: x for name, x in given.items() if x is not None}

@@ -58,6 +58,22 @@ def test_in_pages_rows_lie_where_their_keys_do():
     assert KeySideInputs.of(contiguous, rows).key_bias is rows.bias
 
 
+def test_for_each_query_the_numbers_are_those_of_its_keys():
+    workload = ragged("w", [2, 0, 3], [5, 4, 1], heads=4, heads_kv=2)
+    contiguous, _ = inputs_of(workload, 4)
+    rows = KeySide("both", bias="Hk", mask="H").random(workload, "cpu")
+    given = KeySideInputs.spread(workload, contiguous, rows)
+    assert given.attn_bias.shape == (5, 2, 5) and given.attn_mask.shape == (5, 4, 5)
+    for query, keys in [(0, slice(0, 5)), (1, slice(0, 5)), (4, slice(9, 10))]:
+        length = keys.stop - keys.start
+        assert torch.equal(given.attn_bias[query, :, :length], rows.bias[keys].T)
+        assert torch.equal(given.attn_mask[query, :, :length], rows.mask[keys].T)
+    assert sorted(given.varlen_arguments(workload).keys() & {"attn_bias", "attn_mask", "key_bias", "key_mask"}) == [
+        "attn_bias",
+        "attn_mask",
+    ]
+
+
 class Stranger(peers.Ours):
     """The reference under another name; with_bias=False leaves the bias out."""
 
@@ -79,7 +95,7 @@ def test_a_row_holds_every_kind_checked_and_timed(workload, page_size):
             result = row["results"][variant.name]
             assert "error" in result if variant.graph else result["correct"], variant.name  # no GPU to capture on
         theirs = f"{key_bias.PEER.name} {side.name}"
-        assert (theirs in row["results"]) == (page_size is None and side.mask is None)
+        assert (theirs in row["results"]) == (page_size is None and side.mask is None and not side.each_query)
         assert key_bias.over_none(row, side) == pytest.approx(1.0)
     table = key_bias.tables(report_of([row]), [key_bias.PEER.name])[0]
     assert [line[1] for line in table.rows] == [side.name for side in sides]
@@ -105,7 +121,9 @@ def test_a_plan_is_told_of_the_mask(monkeypatch, page_size):
 def test_who_leaves_the_bias_out_is_found():
     row = key_bias.measure(Case(SMALL), small_bench(Stranger(with_bias=False)))
     right = {
-        side.name: row["results"][f"{key_bias.PEER.name} {side.name}"]["correct"] for side in key_bias.PREFILL_SIDES
+        side.name: row["results"][f"{key_bias.PEER.name} {side.name}"]["correct"]
+        for side in key_bias.PREFILL_SIDES
+        if key_bias.is_peers(side)
     }
     assert right == {"none": True, **{side.name: False for side in key_bias.BIASES}}
     assert key_bias.gain(row, key_bias.BIAS_ALL) is None
@@ -166,7 +184,7 @@ def test_flash_attention_4_is_given_the_bias_as_an_aux_tensor(monkeypatch):
     monkeypatch.setattr(score_mod, "adding_bias_of_keys", lambda heads: heads)
     monkeypatch.setattr(score_mod.importlib, "import_module", lambda name: module)
     inputs = AttentionInputs.random(SMALL, "cpu")
-    for side in key_bias.PREFILL_SIDES:
+    for side in filter(key_bias.is_peers, key_bias.PREFILL_SIDES):
         rows = side.random(SMALL, "cpu")
         score_mod.ScoreModFlashAttention4().make(SMALL, KeySideInputs.of(inputs, rows))()
         assert "key_bias" not in seen[-1] and seen[-1]["cu_seqlens_k"] is inputs.cu_seqlens_k
