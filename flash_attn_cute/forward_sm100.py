@@ -41,7 +41,6 @@ from flash_attn_cute.forward_spec import (
     ForwardTensors,
     cache_row,
     key_side_place,
-    kv_range,
     kv_tile,
     page_table,
     seqlen_source,
@@ -423,10 +422,7 @@ class ForwardSm100:
             return KvRange.of_index(work.entries, index)
         tokens, tile_n = self.tokens_per_query_tile, self.spec.tile.tile_n
         visible = KvRange.of_query_tile(seqlens, window, self._first_token(work, index), tokens, tile_n)
-        if const_expr(self.spec.splits):
-            # A split has a part of what the whole work tile sees.
-            return visible.within(kv_range(self.spec, work, seqlens, window))
-        return visible
+        return visible.within(work.part) if self.spec.splits else visible
 
     @cute.jit
     def _ranges(self, work: WorkTile, seqlens: Seqlens, window: Window) -> Ranges:

@@ -10,7 +10,7 @@ from cutlass import Float32, Int32, const_expr
 from flash_attn_cute.device.active_tiles import ActiveTiles
 from flash_attn_cute.device.divisor import Divisor
 from flash_attn_cute.device.key_bias import ALL_HEADS, KV_HEADS, KeySideSpec, Place
-from flash_attn_cute.device.kv_range import KvRange, Window
+from flash_attn_cute.device.kv_range import KvPart, KvRange, Window
 from flash_attn_cute.device.paged_kv import PageTable
 from flash_attn_cute.device.query_bias import QuerySideSpec
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource, SeqlenTensors, row_of_cache
@@ -210,10 +210,7 @@ def kv_range(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window
     if const_expr(spec.skips):
         return KvRange.union(work.entries)
     visible = _visible(spec, work, seqlens, window)
-    if const_expr(spec.splits):
-        if work.num_splits > 1:
-            visible = visible.of_split(work.split, work.num_splits, window.tiles_per_split)
-    return visible
+    return visible.within(work.part) if const_expr(spec.splits) else visible
 
 
 @cute.jit
@@ -228,16 +225,30 @@ def kv_tile(spec: ForwardSpec, tensors: ForwardTensors, place: Int32, first: Int
 
 
 @cute.jit
-def with_entries(
-    spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors
-) -> WorkTile:
-    """Where the kernel skips: with the KV tiles that each of its query tiles visits. All 32 lanes of a warp call it.
+def with_keys(spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors) -> WorkTile:
+    """A work tile of an order with what everyone else is told of its KV tiles, who would have to divide, or to load, to
+    find out: which part a split has, or, where the kernel skips, what each of its query tiles visits. All 32 lanes of
+    a warp call it."""
+    if const_expr(spec.skips):
+        return work._replace(entries=_entries_of_query_tiles(spec, work, seqlens, window, tensors))
+    part = KvPart.all()
+    if const_expr(spec.splits):
+        if work.num_splits > 1:
+            kv = _visible(spec, work, seqlens, window)
+            kv = kv.of_split(work.split, work.num_splits, window.tiles_per_split)
+            part = KvPart(kv.first, kv.end)
+    return work._replace(part=part)
 
-    They follow from the mask of the call alone: a plan, which may be of another mask, says how many splits there are,
+
+@cute.jit
+def _entries_of_query_tiles(
+    spec: ForwardSpec, work: WorkTile, seqlens: Seqlens, window: Window, tensors: ForwardTensors
+) -> tuple:
+    """What each query tile visits, where the kernel skips.
+
+    It follows from the mask of the call alone: a plan, which may be of another mask, says how many splits there are,
     and no more. Absolute boundaries are between KV tiles, whatever is hidden; otherwise splits share what is not.
     """
-    if const_expr(not spec.skips):
-        return work
     tiles = _visible(spec, work, seqlens, window)
     if const_expr(spec.splits):
         if work.num_splits > 1 and window.tiles_per_split > 0:
@@ -250,7 +261,7 @@ def with_entries(
     if const_expr(spec.query_tiles > 1):
         seen = [_visible(spec, work, seqlens, window, i) for i in range(spec.query_tiles)]
         of_query_tiles = tuple(_entries(spec, work, seqlens, window, tensors, kv).within(entries) for kv in seen)
-    return work._replace(entries=of_query_tiles)
+    return of_query_tiles
 
 
 def _entries(

@@ -14,7 +14,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32, Int64, const_expr
 
-from flash_attn_cute.device.kv_range import KvRange
+from flash_attn_cute.device.divisor import floor_of_quotient
+from flash_attn_cute.device.kv_range import KvPart, KvRange
 from flash_attn_cute.device.pipelines import MbarrierRing, RingPosition
 from flash_attn_cute.device.search import first_probe, last_at_most
 from flash_attn_cute.device.seqlens import Seqlens, SeqlenSource
@@ -31,9 +32,10 @@ class WorkTile(NamedTuple):
     m_block: Int32  # negative: there is no more work
     head: Int32
     batch: Int32
-    split: Int32
+    split: Int32 | None  # of an order; who hears of a work tile is told the split's part
     num_splits: Int32
     slot: Int32  # of the workspace, for the partial result of this split; 0 where num_splits is 1
+    part: KvPart | None = None  # of the KV tiles, where they may be split and none is skipped
     # Where KV tiles are skipped: for each query tile (Blackwell has two) a KvRange of device.active_tiles' entries.
     entries: tuple | None = None
 
@@ -156,10 +158,12 @@ def walk_section(local: Int32, steps: Int32, section: Int32, num_heads: Int32):
     """(step, head) of the local-th tile of `num_heads` heads with `steps` tiles each: within a section of so many heads
     the first step of every head comes first, then the second."""
     per_section = cutlass.max(section * steps, 1)
-    first_head = local // per_section * section
+    index = floor_of_quotient(local, per_section)
+    first_head = index * section
     heads_here = cutlass.max(cutlass.min(section, num_heads - first_head), 1)
-    rest = local % per_section
-    return rest // heads_here, first_head + rest % heads_here
+    rest = local - index * per_section
+    step = floor_of_quotient(rest, heads_here)
+    return step, first_head + rest - step * heads_here
 
 
 class PlannedWork(NamedTuple):
@@ -227,7 +231,13 @@ class PlannedOrder:
         num_tiles = work.cu_total_splits_m_blocks[entries] * num_heads
         _, front, memory, ratio = (work.summary[i] for i in range(4))
         probe = first_probe(work.cu_total_splits_m_blocks, entries)
-        kept = FirstSequences.of_lane(work, seqlens) if const_expr(keeps_first) else None
+        kept = None
+        if const_expr(keeps_first):
+            kept = FirstSequences.of_lane(work, seqlens)
+            # Never so. With nothing to use them before the first question whether there is a tile, ptxas would load
+            # these behind its answer, which takes another trip to memory.
+            loaded = kept.first | kept.end | kept.m_blocks | front | memory | probe
+            num_tiles = cutlass.select_(cute.arch.vote_any_sync(loaded < 0), Int32(0), num_tiles)
         front, memory = front * num_heads, memory * num_heads
         return PlannedOrder(seqlens, work, num_heads, num_tiles, front, memory, ratio, probe, kept, longest_first)
 
@@ -241,7 +251,8 @@ class PlannedOrder:
         step, head = walk_section(place - found.first, found.m_blocks * splits, found.section, self.num_heads)
         m_block, split = step, Int32(0)
         if splits > 1:
-            m_block, split = step // splits, step % splits
+            m_block = floor_of_quotient(step, splits)
+            split = step - m_block * splits
         if const_expr(self.longest_first):
             m_block = found.m_blocks - 1 - m_block
         # Split sequences are the first of the order, so that their work tiles count the slots.
@@ -391,7 +402,7 @@ class ClcScheduler:
 MAILBOX_STAGES = 2
 # A tile of this many keys takes longer than finding the next one and loading its first operands.
 LONG_TILE_KEYS = 512
-TILE_WORDS = len(WorkTile._fields) - 1  # without entries
+TILE_WORDS = 7  # m_block, head, batch, num_splits, slot and part
 NUM_WORDS = TILE_WORDS + len(Seqlens._fields)
 
 
@@ -434,7 +445,8 @@ class TileMailbox:
 
     def _words(self, tile: WorkTile, seqlens: Seqlens) -> tuple:
         entries = [word for kv in tile.entries or () for word in kv]
-        words = (*tile[:TILE_WORDS], *seqlens, *entries)
+        part = KvPart.all() if tile.part is None else tile.part
+        words = (tile.m_block, tile.head, tile.batch, tile.num_splits, tile.slot, *part, *seqlens, *entries)
         return (*words, *[Int32(0)] * (self.words - len(words)))
 
     @cute.jit
@@ -463,4 +475,5 @@ class TileMailbox:
     def _tile(self, words: list) -> WorkTile:
         step = len(KvRange._fields)
         entries = [KvRange(*words[i : i + step]) for i in range(NUM_WORDS, len(words), step)]
-        return WorkTile(*words[:TILE_WORDS], tuple(entries) or None)
+        m_block, head, batch, num_splits, slot, *part = words[:TILE_WORDS]
+        return WorkTile(m_block, head, batch, None, num_splits, slot, KvPart(*part), tuple(entries) or None)

@@ -10,7 +10,9 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, const_expr
 
+from flash_attn_cute.device.divisor import floor_of_quotient
 from flash_attn_cute.device.seqlens import Seqlens
+from flash_attn_cute.problem import INT32_MAX
 
 
 class Window(NamedTuple):
@@ -23,6 +25,17 @@ class Window(NamedTuple):
     left: Int32 | None
     right: Int32 | None
     tiles_per_split: Int32 | None = None
+
+
+class KvPart(NamedTuple):
+    """The KV tiles [first, end), of which a split visits those that its queries see."""
+
+    first: Int32
+    end: Int32
+
+    @staticmethod
+    def all():
+        return KvPart(Int32(0), Int32(INT32_MAX))
 
 
 class KvRange(NamedTuple):
@@ -66,8 +79,8 @@ class KvRange(NamedTuple):
                 end = cutlass.min(end, (split + 1) * tiles_per_split)
         else:
             num_tiles = self.num_tiles()
-            end = first + (split + 1) * num_tiles // num_splits
-            first = first + split * num_tiles // num_splits
+            end = first + floor_of_quotient((split + 1) * num_tiles, num_splits)
+            first = first + floor_of_quotient(split * num_tiles, num_splits)
         return KvRange(first, end, self.full_first, self.full_end)
 
     @staticmethod
@@ -90,7 +103,7 @@ class KvRange(NamedTuple):
         return KvRange(*(Int32(cutlass.select_(index == 0, *words)) for words in zip(*ranges, strict=True)))
 
     def within(self, other):
-        """The tiles of this range that are in the other too."""
+        """The tiles of this range that are in the other, or in a part, too."""
         first, end = cutlass.max(self.first, other.first), cutlass.min(self.end, other.end)
         return KvRange(first, end, self.full_first, self.full_end)
 

@@ -7,7 +7,7 @@ from flash_attn_cute.device.kv_range import KvRange, Window
 from flash_attn_cute.device.output_rows import clear_partial, clear_rows
 from flash_attn_cute.device.pipelines import MbarrierRing
 from flash_attn_cute.device.seqlens import Seqlens
-from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range, with_entries
+from flash_attn_cute.forward_spec import ForwardSpec, ForwardTensors, kv_range, with_keys
 from flash_attn_cute.tile_scheduler import (
     ClcScheduler,
     Found,
@@ -87,7 +87,7 @@ def schedule(
         work, found = order.decode(number, found)
         seqlens = found.seqlens
         if work.is_work():
-            tile = with_entries(spec, work, seqlens, window, tensors)
+            tile = with_keys(spec, work, seqlens, window, tensors)
             kv = kv_range(spec, tile, seqlens, window)
             if kv.num_tiles() > 0:
                 mailbox.send(position, tile, seqlens)
