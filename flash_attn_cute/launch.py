@@ -27,7 +27,6 @@ from flash_attn_cute.scheduler_metadata import (
     plan_batch,
 )
 from flash_attn_cute.tuning import (
-    QUERY_RUN,
     QueryTiling,
     Sm90Tile,
     Sm100Tile,
@@ -159,7 +158,6 @@ class KernelKey(NamedTuple):
     query_mask: str | None = None
     query_bias: str | None = None
     query_bias_dtype: str | None = None
-    query_runs: bool = False  # both lie in runs of columns: device.query_bias
 
     @property
     def tile(self) -> Sm90Tile | Sm100Tile:
@@ -370,9 +368,7 @@ def compile_kernel(key: KernelKey) -> Any:
         spec_key_side = KeySideSpec(key.key_mask, key.key_bias, LOWEST.get(key.key_bias_dtype, 0.0))
     spec_query_side = None
     if key.query_mask is not None or key.query_bias is not None:
-        spec_query_side = QuerySideSpec(
-            key.query_mask, key.query_bias, LOWEST.get(key.query_bias_dtype, 0.0), key.query_runs
-        )
+        spec_query_side = QuerySideSpec(key.query_mask, key.query_bias, LOWEST.get(key.query_bias_dtype, 0.0))
     spec = ForwardSpec(
         dtype,
         tile,
@@ -469,7 +465,6 @@ class PreparedLaunch(NamedTuple):
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
     strides_suit: tuple[bool, bool, bool]  # of q, k and v, for TMA
-    query_runs: bool  # masks and biases of each query lie in runs
     planning: BatchShape | None
     split: SplitSizes | None  # where the plan may split
     packing: PreparedPacking | None  # where KV tiles are skipped
@@ -501,7 +496,7 @@ class PreparedLaunch(NamedTuple):
                 strides_suit[0],
                 *(not any(s % (TMA_ALIGNMENT // 2) for s in x.stride()[:-1]) for x in (t.k, t.v)),
             )
-        key, split = planned.key._replace(query_runs=_lie_in_runs(t.query_mask, t.query_bias)), None
+        key, split = planned.key, None
         if key.splits:
             tokens, heads = key.tile.tile_m // key.rows_per_token, key.qheads_per_kvhead if key.packed else 1
             rows = min(tokens, p.seqlen_q_bound) * heads
@@ -538,7 +533,6 @@ class PreparedLaunch(NamedTuple):
             p.out_shape,
             p.lse_shape if p.return_lse else None,
             strides_suit,
-            key.query_runs,
             planning,
             split,
             packing,
@@ -583,7 +577,7 @@ class PreparedLaunch(NamedTuple):
         workspace = (None, None) if self.split is None else self.split.workspace(metadata)
         lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
         of_keys = (tensors.page_table, tensors.leftpad_k, tensors.cache_batch_idx, mask, bias, active)
-        of_scores = (*of_keys, *_query_side(tensors, self.query_runs))
+        of_scores = (*of_keys, *_query_side(tensors))
         self.function((q, k, v, target, lse, *lengths, sink, semaphore, *workspace, work, *of_scores), self.scalars)
         if target is not out:
             out.copy_(target)
@@ -606,27 +600,14 @@ def _key_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def _lie_in_runs(*of_queries: Tensor | None) -> bool:
-    """Whether there are masks or biases, and QUERY_RUN columns of each lie side by side, at multiples of as many."""
-    given = [x for x in of_queries if x is not None]
-    return bool(given) and all(
-        x.shape[2] and x.stride(2) == 1 and not any(n % QUERY_RUN for n in (x.shape[2], *x.stride()[:2])) for x in given
-    )
-
-
-def _query_side(tensors: AttentionTensors, in_runs: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(mask as uint8, bias) of each query. Nothing is copied, but what lies in runs that begin at odd addresses; where
-    no sequence has a key there is a column all the same, for a kernel to read and drop."""
+def _query_side(tensors: AttentionTensors) -> tuple[Tensor | None, Tensor | None]:
+    """(mask as uint8, bias) of each query. Nothing is copied; where no sequence has a key there is a column all the
+    same, for a kernel to read and drop."""
     mask, bias = tensors.query_mask, tensors.query_bias
     if mask is None and bias is None:
         return None, None
     if mask is not None:
         mask = mask.view(torch.uint8)
-    if in_runs:
-        return tuple(
-            x if x is None or x.data_ptr() % min(QUERY_RUN * x.element_size(), TMA_ALIGNMENT) == 0 else x.clone()
-            for x in (mask, bias)
-        )
     return tuple(x if x is None or x.shape[2] else x.new_zeros(*x.shape[:2], 1) for x in (mask, bias))
 
 

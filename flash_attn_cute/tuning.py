@@ -16,9 +16,6 @@ SM90_SMALL_BYTES = 512  # barriers and the tile mailbox
 SM90_CARVE_OUTS = tuple(kib * 1024 for kib in (132, 164, 196, 228))
 # Staged KV tiles of a key-side bias: the one that is added, and the next.
 BIAS_STAGES = 2
-# Masks and biases of each query are read in runs of up to this many columns (16 bytes of bf16), where as many lie side
-# by side at multiples of it.
-QUERY_RUN = 8
 # Of a CTA's shared memory on Blackwell: the barriers of a key-side bias.
 SM100_BIAS_BARRIERS = 256
 

@@ -6,23 +6,16 @@ out of the product, after a soft cap, as bias / scale, so that 0 adds nothing; -
 the scores alone: a value may be seen by another row of the tile and stays, so that its NaN would spread.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from flash_attn_cute.device.key_bias import ALL_HEADS, KV_HEADS, QUERY_HEADS
 from flash_attn_cute.device.output_rows import OutputRows, token_of_row
 from flash_attn_cute.device.seqlens import Seqlens
-from flash_attn_cute.tuning import QUERY_RUN
-
-# Groups of columns whose loads a thread has on their way at once, where a load takes all of a group's.
-RUNS_AT_ONCE = 4
-# Columns of a group on Blackwell where each takes a load of its own: all of a group's are on their way at once.
-COLUMNS_AT_ONCE = 4
 
 
 class QuerySideSpec(NamedTuple):
@@ -31,7 +24,6 @@ class QuerySideSpec(NamedTuple):
     mask: str | None
     bias: str | None
     lowest: float  # the least finite number of the bias's type, which hides as -inf does
-    in_runs: bool  # whether mask and bias lie in runs of QUERY_RUN columns
 
 
 class QuerySide(NamedTuple):
@@ -71,14 +63,12 @@ class BiasOfQueries:
     @staticmethod
     def of_row(spec, work, row: Int32, seqlens: Seqlens, source: QuerySide):
         """For one row of a query tile, all columns of which the thread has."""
-        run = QUERY_RUN if spec.query_side.in_runs else COLUMNS_AT_ONCE
-        return BiasOfQueries._create(spec, work, [row], seqlens, source, Int32(0), rows=1, run=run, step=run)
+        return BiasOfQueries._create(spec, work, [row], seqlens, source, Int32(0), rows=1, run=4, step=4)
 
     @staticmethod
     def _create(spec, work, in_tile: list, seqlens: Seqlens, source: QuerySide, column: Int32, **places):
         """Rows that are no queries take the numbers of one that is, and keys behind the last those of the last: what
-        comes of either is dropped. Of another sequence nothing is read, and of this one, where numbers lie in runs,
-        what its columns have up to the end of a run."""
+        comes of either is dropped, and nothing outside of a sequence is read."""
         kinds = spec.query_side
         tokens = [cutlass.max(cutlass.min(token_of_row(spec, work, row), seqlens.len_q - 1), 0) for row in in_tile]
         q_rows = [seqlens.offset_q + token for token in tokens]
@@ -103,44 +93,22 @@ class BiasOfQueries:
     def add(self, scores: cute.Tensor, kv_tile: Int32, column: cutlass.Constexpr = 0):
         """To scores of a KV tile, from the thread's column `column` on."""
         first = cutlass.max(kv_tile, 0) * self.tile_n + self.column + column
-        groups = cute.size(scores) // (self.rows * self.run)
-        at_once = RUNS_AT_ONCE if const_expr(self.spec.in_runs) else 1
-        for start in cutlass.range_constexpr(0, groups, at_once):
-            # A branch for a few groups: without any, all loads are begun at once, and what they find is spilled.
-            if first + self.step * start <= self.last:
-                here = range(start, min(start + at_once, groups))
-                numbers = [self._numbers(first + self.step * j) for j in here]
-                for j, (masks, biases) in zip(here, numbers, strict=True):
-                    for c in cutlass.range_constexpr(self.run):
-                        for r in cutlass.range_constexpr(max(len(masks), len(biases))):
-                            bias = self._value(masks, biases, r, c)
-                            i = (j * self.rows + r) * self.run + c
-                            # Selected, and not only added: what is masked may be NaN.
-                            scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias
-
-    def _numbers(self, first: Int32) -> tuple:
-        """Of each row's mask, and of its bias, the numbers of `run` columns."""
-        return tuple(tuple(self._of_row(row, first) for row in rows) for rows in (self.masks, self.biases))
+        for j in cutlass.range_constexpr(cute.size(scores) // (self.rows * self.run)):
+            # A branch a group of columns: without any, all loads are begun at once, and what they find is spilled.
+            if first + self.step * j <= self.last:
+                for c in cutlass.range_constexpr(self.run):
+                    key = cutlass.min(first + self.step * j + c, self.last)
+                    for r in cutlass.range_constexpr(max(len(self.masks), len(self.biases))):
+                        bias, i = self._value(r, key), (j * self.rows + r) * self.run + c
+                        # Selected, and not only added: what is masked may be NaN.
+                        scores[i] = -Float32.inf if bias == -Float32.inf else scores[i] + bias
 
     @cute.jit
-    def _of_row(self, row: cute.Tensor, first: Int32) -> cute.Tensor:
-        numbers = cute.make_rmem_tensor(self.run, row.element_type)
-        if const_expr(self.spec.in_runs):
-            # The run of the last key, if these are behind it: the row has all of a run.
-            place = row.iterator + cutlass.min(first, self.last // self.run * self.run).to(Int64)
-            place = place.align(math.gcd(16, self.run * row.element_type.width // 8))
-            cute.autovec_copy(cute.make_tensor(place, cute.make_layout(self.run)), numbers)
-        else:
-            for c in cutlass.range_constexpr(self.run):
-                numbers[c] = row[cutlass.min(first + c, self.last)]
-        return numbers
-
-    @cute.jit
-    def _value(self, masks: tuple, biases: tuple, r: cutlass.Constexpr, c: cutlass.Constexpr) -> Float32:
+    def _value(self, r: cutlass.Constexpr, key: Int32) -> Float32:
         value = Float32(0.0)
         if const_expr(self.spec.bias is not None):
-            given = biases[r][c].to(Float32)
+            given = self.biases[r][key].to(Float32)
             value = -Float32.inf if given <= self.spec.lowest else given * self.factor
         if const_expr(self.spec.mask is not None):
-            value = value if masks[r][c] != 0 else -Float32.inf
+            value = value if self.masks[r][key] != 0 else -Float32.inf
         return value

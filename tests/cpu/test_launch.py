@@ -200,19 +200,6 @@ def test_what_tma_cannot_address_is_copied(view, fits):
     assert launch._for_tma(copy, launch._strides_suit_tma(copy)) is copy and torch.equal(copy, x)
 
 
-def test_what_lies_in_runs_of_columns():
-    whole = torch.zeros(5, 2, 24, dtype=BF16)
-    assert launch._lie_in_runs(whole, None) and launch._lie_in_runs(whole.bool(), whole)
-    assert launch._lie_in_runs(None, whole[:1].expand(7, 2, 24))
-    assert launch._lie_in_runs(whole[..., 8:16], None)
-    assert not launch._lie_in_runs(None, None)
-    assert not launch._lie_in_runs(whole, torch.zeros(5, 2, 20, dtype=BF16))
-    assert not launch._lie_in_runs(whole[..., :20], None)  # what is behind the last column may be nobody's
-    assert not launch._lie_in_runs(torch.zeros(5, 2, 30)[..., :24], None)
-    assert not launch._lie_in_runs(torch.zeros(5, 24, 2).transpose(1, 2), None)
-    assert not launch._lie_in_runs(torch.zeros(5, 2, 0), None)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Compilation
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +304,6 @@ OF_QUERIES = {
         "query_mask": "all",
         "query_bias": "query",
         "query_bias_dtype": "bf16",
-        "query_runs": True,
     },
     "d128-of-queries-and-keys": {"key_bias": "kv", "key_bias_dtype": "bf16", "query_mask": "query", "causal": True},
 }

@@ -80,37 +80,17 @@ CASES = {
     "few rows": ({}, {"mask_heads": 4, "bias_heads": 1}, {"causal": True, "max_seqlen_q": 1}),
     "columns first": ({}, {"mask_heads": 2, "bias_heads": 2, "view": "keys_first"}, {"causal": True}),
     "one row for all": ({}, {"mask_heads": 1, "bias_heads": 4, "view": "shared"}, {"causal": True}),
-    # Read a run at a time.
-    "in runs of columns": (
-        {},
-        {"mask_heads": 1, "bias_heads": 4, "bias_dtype": BF16, "columns": 144},
-        {"causal": True, "pack_gqa": True},
-    ),
-    "in runs of columns, fp32 beside a bias of keys": (
-        {"head_dim": 128, "key_bias_heads": 1},
-        {"bias_heads": 2, "columns": 144},
-        {"window_size": (60, 9)},
-    ),
-    "in runs of columns, shared, d256": (
-        {"head_dim": 256},
-        {"mask_heads": 4, "bias_heads": 1, "view": "shared", "columns": 144},
-        {"causal": True},
-    ),
 }
 
 
 def built(name: str, lengths_q, lengths_k, device=CUDA, **plain) -> tuple[AttentionTensors, dict]:
     """The tensors and options of a case over these lengths."""
     build, query_side, options = CASES[name]
-    query_side = dict(query_side)
     if options.get("max_seqlen_q"):
         lengths_q = [min(length, options["max_seqlen_q"]) for length in lengths_q]
     tensors = build_tensors(lengths_q, lengths_k, **(PLAIN | plain | build | {"device": device}))
     # Wider than the longest sequence, and sequences begin at any row.
     width = max(lengths_k) + (0 if tensors.cu_seqlens_k is None else 3)
-    columns = query_side.pop("columns", None)
-    if columns is not None:
-        width = -(-width // columns) * columns
     return with_query_side(tensors, width, **query_side), options | {"max_seqlen_k": width}
 
 
@@ -121,7 +101,6 @@ EMULATED = [
     "a mask of keys and a bias of queries",
     "pages of 3, both sides",
     "few rows",
-    "in runs of columns",
 ]
 
 
@@ -154,28 +133,6 @@ def check_neutral():
     without = tensors._replace(key_bias=None)
     for plain, given in ((tensors, {"query_mask": keeps}), (without, {"query_mask": keeps, "query_bias": zeros})):
         assert_same(attention(plain._replace(**given), **options), attention(plain, **options))
-
-
-def test_how_columns_are_read_changes_no_bit(emulation):
-    check_runs()
-
-
-def check_runs():
-    """In runs, one by one where the last is not whole, and in runs that begin at an odd address, which are copied."""
-    tensors = build_tensors(LENGTHS_Q, LENGTHS_K, **PLAIN)
-    odd = with_query_side(tensors, 143, mask_heads=2, bias_heads=4, bias_dtype=BF16)
-    results = []
-    for extra, shift in ((0, 0), (1, 0), (1, 3)):
-        wide = []
-        for x in (odd.query_mask, odd.query_bias):
-            shape = (*x.shape[:2], 143 + extra)
-            storage = torch.zeros(shift + shape[0] * shape[1] * shape[2], dtype=x.dtype, device=CUDA)
-            wide.append(storage[shift:].view(shape))
-            wide[-1][..., :143] = x
-        given = tensors._replace(query_mask=wide[0], query_bias=wide[1])
-        results.append(attention(given, causal=True, max_seqlen_k=143 + extra))
-    assert_same(results[1], results[0])
-    assert_same(results[2], results[0])
 
 
 def test_spread_over_queries_a_bias_of_keys_is_the_same(emulation):
@@ -222,10 +179,10 @@ def check_hidden():
     assert_same(attention(both._replace(k=k, query_bias=bias), **options), attention(both, **options))
 
 
-@pytest.mark.parametrize("width", [140, 144])
-def test_nothing_outside_of_a_sequence_counts(emulation, width):
+def test_nothing_outside_of_a_sequence_is_read(emulation):
     """Rows of no sequence and columns past its keys are NaN."""
     tensors = build_tensors([3, 2], [9, 140], **PLAIN, slack_q=2)
+    width = 140
     bias = torch.full((tensors.q.shape[0], 2, width), float("nan"), device=CUDA)
     bias[:3, :, :9] = 0.5
     bias[5:7] = 1.0

@@ -20,7 +20,6 @@ if ALL_CASES:
         "under a soft cap and beside a sink",
         "d256",  # one query tile, two score buffers
         "pages of 3, both sides",  # a staged bias of keys before it
-        "in runs of columns",
     ],
 )
 def test_a_mask_and_a_bias_of_each_query_equal_the_reference(emulation, name):
@@ -29,10 +28,6 @@ def test_a_mask_and_a_bias_of_each_query_equal_the_reference(emulation, name):
 
 def test_saying_nothing_of_each_query_changes_no_bit(emulation):
     shared.check_neutral()
-
-
-def test_how_columns_are_read_changes_no_bit(emulation):
-    shared.check_runs()
 
 
 def test_rows_without_a_key_left_and_hidden_nan(emulation):
