@@ -1,4 +1,4 @@
-"""What a mask and a bias of keys cost: decode and prefill with and without, and flash-attn-4 doing the same.
+"""What a mask and a bias cost, of keys and, in prefill, of each query: without, with, and flash-attn-4 doing the same.
 
     python benchmarks/key_bias.py --markdown out.md --csv out.csv
     python benchmarks/key_bias.py --preset decode --only "page 64"
@@ -87,7 +87,7 @@ def measure(case: Case, bench: Bench) -> Row:
         rows = side.random(workload, bench.device)
         given = side.inputs(workload, inputs, rows)
         makers = {}
-        if is_peers(side) and case.page_size is None:
+        if peers_can(side) and case.page_size is None:
             makers |= {name_of(peer.name, side): partial(peer.make, workload, given) for peer in bench.peers}
         makers |= {variant.name: partial(variant.make, workload, given) for variant in variants_of(side)}
         able, found = run_once(makers, Check(workload, contiguous, rows.added(workload)))
@@ -96,8 +96,8 @@ def measure(case: Case, bench: Bench) -> Row:
     return timed_row(case.described(), workload, bench.ceilings, results, bench.time(candidates))
 
 
-def is_peers(side: KeySide) -> bool:
-    """Whether peers can do it where keys are packed."""
+def peers_can(side: KeySide) -> bool:
+    """Where keys are packed."""
     return side.mask is None and not side.each_query
 
 

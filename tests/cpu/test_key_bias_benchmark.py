@@ -123,7 +123,7 @@ def test_who_leaves_the_bias_out_is_found():
     right = {
         side.name: row["results"][f"{key_bias.PEER.name} {side.name}"]["correct"]
         for side in key_bias.PREFILL_SIDES
-        if key_bias.is_peers(side)
+        if key_bias.peers_can(side)
     }
     assert right == {"none": True, **{side.name: False for side in key_bias.BIASES}}
     assert key_bias.gain(row, key_bias.BIAS_ALL) is None
@@ -184,7 +184,7 @@ def test_flash_attention_4_is_given_the_bias_as_an_aux_tensor(monkeypatch):
     monkeypatch.setattr(score_mod, "adding_bias_of_keys", lambda heads: heads)
     monkeypatch.setattr(score_mod.importlib, "import_module", lambda name: module)
     inputs = AttentionInputs.random(SMALL, "cpu")
-    for side in filter(key_bias.is_peers, key_bias.PREFILL_SIDES):
+    for side in filter(key_bias.peers_can, key_bias.PREFILL_SIDES):
         rows = side.random(SMALL, "cpu")
         score_mod.ScoreModFlashAttention4().make(SMALL, KeySideInputs.of(inputs, rows))()
         assert "key_bias" not in seen[-1] and seen[-1]["cu_seqlens_k"] is inputs.cu_seqlens_k

@@ -10,6 +10,7 @@ from tests.emulated import query_bias_forward as shared
 from tests.emulated.opt_in import ALL_CASES
 
 if ALL_CASES:
+    # pytest collects what a module has, by whatever name it came.
     from tests.emulated.query_bias_forward import *  # noqa: F403
 
 
